@@ -1,0 +1,1 @@
+"""Decode bodies, one a file; linear formats in `quant`, decode attention kernels in `attention`."""

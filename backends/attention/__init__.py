@@ -1,0 +1,1 @@
+"""Decode attention kernels, one a file."""

@@ -1,0 +1,1 @@
+"""Linear formats, one a file."""

@@ -1,0 +1,101 @@
+"""NF4 through bitsandbytes: 16 levels, one absmax a block of weights.
+
+The study says that bitsandbytes dequantises and then multiplies; for one token current versions
+multiply out of the packed weights (`gemm_4bit`, and on AVX512-BF16 CPUs a repacked kernel).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from registry.api import LinearFormat, Requirement, unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ROWS = 32  # the CPU kernel's tile of output rows
+
+
+@dataclass(frozen=True)
+class Nf4Options:
+    """Options of `Nf4`.
+
+    Attributes:
+        block_size: Weights that share one absmax.
+    """
+
+    block_size: int = 64
+
+
+class Nf4(LinearFormat):
+    """bitsandbytes' `Linear4bit`."""
+
+    requires = (Requirement("bitsandbytes>=0.50", "pip install -e '.[nf4]'"),)
+    executions = ("eager", "cuda_graph")
+    Options = Nf4Options
+
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        """See `LinearFormat.convert`."""
+        from bitsandbytes.functional import quantize_4bit
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        block = self.options.block_size
+        rows = ROWS if linear.weight.device.type == "cpu" else 1
+        if linear.out_features % rows or linear.in_features % block:
+            raise unsupported(
+                f"nf4 needs input features in multiples of {block} and, here, output features in multiples of "
+                f"{rows}; this model has a layer of {linear.in_features} x {linear.out_features}",
+                "Use quant=none, or another quant.options.block_size",
+            )
+        packed, state = quantize_4bit(
+            linear.weight.data, blocksize=block, compress_statistics=False, quant_type="nf4"
+        )
+        layer = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=linear.weight.dtype,
+            compress_statistics=False,
+            quant_type="nf4",
+            device="meta",
+        )
+        layer.weight = Params4bit(
+            packed,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=block,
+            compress_statistics=False,
+            quant_type="nf4",
+            bnb_quantized=True,
+            module=layer,
+        )
+        layer.quant_state = state
+        layer.bias = linear.bias
+        converted: nn.Module = layer.eval()  # on the CPU the fused kernel is chosen in eval mode only
+        return converted
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """See `LinearFormat.dequantize`."""
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+
+        packed, state = _packed(module)
+        if getattr(state, "packing_format_for_cpu", False):
+            # The first product on an AVX512-BF16 CPU repacked the weight. The inverse changes the state that
+            # it is given and leaves absmax transposed in bf16, so it gets a copy and is helped along.
+            packed, state = _convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
+            state.absmax = state.absmax.T.reshape(-1).float()
+        weight: Tensor = dequantize_4bit(packed.view(-1, 1), state)
+        return weight
+
+    def stored(self, module: nn.Module) -> list[Tensor]:
+        """See `LinearFormat.stored`: packed weights, absmax, the 16 levels, bias."""
+        packed, state = _packed(module)
+        tensors = [packed, state.absmax, state.code]
+        return [*tensors, module.bias] if isinstance(module.bias, type(module.weight.data)) else tensors
+
+
+def _packed(module: nn.Module) -> tuple[Tensor, Any]:
+    weight: Any = module.weight
+    return weight.data, weight.quant_state

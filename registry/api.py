@@ -1,0 +1,332 @@
+"""All that a plugin author ever imports.
+
+Three kinds of plugin, each found by an entry point and each a class here: a `Backend` is a whole decode
+step, a `LinearFormat` is how one linear layer is stored and multiplied, an `AttentionKernel` is how one
+query token attends to the cache. What a class declares in its class variables is read before anything
+heavy is imported, so a plugin's module imports torch inside the methods that need it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from registry.architecture import Architecture
+from registry.hosting import materialize, tensor_bytes
+from registry.outcome import Outcome, Refused, unsupported
+from registry.weights import WeightSource
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor, nn
+
+__all__ = [
+    "Architecture",
+    "AttentionKernel",
+    "AttentionShape",
+    "Backend",
+    "LinearFormat",
+    "NoOptions",
+    "Outcome",
+    "Plugin",
+    "Refused",
+    "Request",
+    "Requirement",
+    "Setup",
+    "StepBytes",
+    "WeightSource",
+    "materialize",
+    "tensor_bytes",
+    "unsupported",
+]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package that a plugin needs.
+
+    Attributes:
+        package: Its name on the index, with a version specifier if one matters (`bitsandbytes>=0.50`).
+        install: The command that brings it.
+    """
+
+    package: str
+    install: str
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a plugin that has none."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The cell that a plugin is asked to serve, told before anything is loaded.
+
+    Attributes:
+        architecture: The model.
+        backend: Name of the decode body.
+        quant: Name of the linear format.
+        attention: Name of the attention kernel.
+        execution: How the step is launched.
+        cache: `dynamic` (grows by concatenation) or `static` (allocated once at its capacity).
+        batch_size: Streams.
+        capacity: Tokens that the cache has to hold.
+        device: `cpu` or `cuda`.
+        capability: CUDA compute capability, `None` on the CPU.
+        options: This plugin's own options, an instance of its `Options`.
+    """
+
+    architecture: Architecture
+    backend: str
+    quant: str
+    attention: str
+    execution: str
+    cache: str
+    batch_size: int
+    capacity: int
+    device: str
+    capability: tuple[int, int] | None
+    options: Any
+
+
+class Plugin(ABC):
+    """What all kinds declare.
+
+    Class variables:
+        requires: Packages, checked by their metadata; a missing one is the cell's `missing_dependency`.
+        devices: Where the plugin runs.
+        min_capability: Least CUDA compute capability.
+        executions: `eager`, and `cuda_graph` if the step can be captured: the position lives on the device
+            and nothing in the step needs the host.
+        caches: Which caches it can work with.
+        Options: A dataclass of the plugin's own options; what the configuration gives is checked against it.
+    """
+
+    requires: ClassVar[tuple[Requirement, ...]] = ()
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    min_capability: ClassVar[tuple[int, int] | None] = None
+    executions: ClassVar[tuple[str, ...]] = ("eager",)
+    caches: ClassVar[tuple[str, ...]] = ("dynamic", "static")
+    Options: ClassVar[type] = NoOptions
+
+    @classmethod
+    def check(cls, request: Request) -> None:  # noqa: B027 - most plugins have nothing to add
+        """Refuse a cell for a reason that the class variables cannot say, before anything is loaded.
+
+        Raises:
+            Refused: Make one with `unsupported(reason, what would work)`.
+        """
+
+
+class LinearFormat(Plugin):
+    """How one linear layer is stored and multiplied. Made with its options, then asked layer by layer."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @abstractmethod
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        """Turn a filled layer into this format.
+
+        Args:
+            linear: Weight `[out_features, in_features]` and maybe bias `[out_features]`, on the device on
+                which the result has to live, in the model's dtype. May be consumed.
+
+        Returns:
+            A module that maps `[..., in_features]` to `[..., out_features]` in the same dtype.
+
+        Raises:
+            Refused: The layer's shape does not fit the format.
+        """
+
+    @abstractmethod
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """The weight that `module` multiplies with, `[out_features, in_features]`, in the model's dtype."""
+
+    def stored(self, module: nn.Module) -> list[Tensor]:
+        """Every tensor that a multiplication reads, as stored: packed weights, scales, zeros, bias.
+
+        The default is the module's parameters and buffers.
+        """
+        return [*module.parameters(), *module.buffers()]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one decode attention looks like.
+
+    Attributes:
+        batch_size: Streams.
+        q_heads: Query heads.
+        kv_heads: Key/value heads.
+        head_dim: Width of a head.
+        capacity: Rows of the cache.
+        dtype: A torch dtype.
+        device: A torch device string.
+    """
+
+    batch_size: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    capacity: int
+    dtype: Any
+    device: str
+
+
+class AttentionKernel(Plugin):
+    """How one query token attends to the cache. Made with its options, planned once, called every layer.
+
+    Class variables:
+        needs_mask: Whether `decode` wants the mask that a body makes once a step for a static cache.
+    """
+
+    needs_mask: ClassVar[bool] = False
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def plan(self, shape: AttentionShape) -> None:  # noqa: B027 - a kernel without workspace has nothing to plan
+        """Allocate workspaces and compile for a shape. Called once, before the first `decode`.
+
+        Raises:
+            Refused: The kernel does not take the shape.
+        """
+
+    @abstractmethod
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, *, kv_len: Tensor | None, scale: float, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend with one query token a stream.
+
+        Args:
+            q: `[batch, q_heads, head_dim]`.
+            k: `[batch, kv_heads, rows, head_dim]`; `rows` is the cache's capacity.
+            v: As `k`.
+            kv_len: int64, on the device, one element: rows that are valid, the new token's included. `None`
+                when every row is (a dynamic cache).
+            scale: Factor on the products of q and k.
+            mask: bool `[batch, 1, 1, rows]`, true where a row is valid; given if `needs_mask` and `kv_len` is
+                not `None`.
+
+        Returns:
+            `[batch, q_heads, head_dim]` in q's dtype. Never synchronises with the host.
+        """
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a backend is made with.
+
+    Attributes:
+        architecture: The model.
+        weights: Where its tensors come from, by their transformers names.
+        device: `cpu` or `cuda`.
+        dtype: The torch dtype of activations, cache and unquantised weights.
+        batch_size: Streams.
+        cache: `dynamic` or `static`.
+        linear: The format that hosts the linear layers.
+        attention: The kernel that attends in a decode step.
+        options: The backend's own options, an instance of its `Options`.
+    """
+
+    architecture: Architecture
+    weights: WeightSource
+    device: str
+    dtype: Any
+    batch_size: int
+    cache: str
+    linear: LinearFormat
+    attention: AttentionKernel
+    options: Any
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes that one decode step reads from memory.
+
+    Attributes:
+        weights: As stored: scales and zeros in, an embedding of which a row is read counted as that row.
+        kv: Keys and values of the attended tokens.
+    """
+
+    weights: int
+    kv: float
+
+
+class Backend(Plugin):
+    """A whole decode step: the body around linear layers and attention.
+
+    Class variables:
+        formats: Names of the linear formats it hosts; `None` is any.
+        attentions: Names of the attention kernels it hosts; `None` is any.
+    """
+
+    formats: ClassVar[tuple[str, ...] | None] = None
+    attentions: ClassVar[tuple[str, ...] | None] = None
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+
+    @abstractmethod
+    def load(self, capacity: int) -> None:
+        """Bring weights and cache onto the device.
+
+        Args:
+            capacity: Tokens that prefill and all steps together may leave in the cache.
+
+        Raises:
+            Refused: The weights or the shapes cannot be served.
+        """
+
+    @abstractmethod
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """Fill an empty cache.
+
+        Args:
+            input_ids: int64 `[batch, tokens]`, on the device.
+
+        Returns:
+            The last position's logits, `[batch, vocab]`.
+        """
+
+    @abstractmethod
+    def decode_step(self, token: Tensor) -> Tensor:
+        """One token in, the next one's logits out; the cache grows by one.
+
+        Args:
+            token: int64 `[batch]`, on the device.
+
+        Returns:
+            Logits `[batch, vocab]`. Never synchronises with the host.
+        """
+
+    @abstractmethod
+    def seek(self, position: int) -> None:
+        """Move the end of the cache back to `position` tokens, whose keys and values stay as they are."""
+
+    @abstractmethod
+    def position(self) -> int:
+        """Tokens in the cache. May synchronise: never called inside a timed window."""
+
+    @abstractmethod
+    def bytes_per_step(self, context: float) -> StepBytes:
+        """What a step reads that attends to `context` tokens, counted over the tensors really held."""
+
+    @abstractmethod
+    def weights(self) -> Mapping[str, Tensor]:
+        """Every weight tensor held, as stored, each storage once, by a name of the backend's choice."""
+
+    @abstractmethod
+    def dequantized(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight that the step multiplies with, by its transformers name, in the model's dtype.
+
+        The fidelity check loads them into a plain transformers model.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drop weights, cache and workspaces; the memory is free once the caller collects garbage."""

@@ -1,0 +1,219 @@
+"""Command line to cells: the whole sweep composed and checked before Hydra's main is entered.
+
+Hydra composes every job of a sweep anew and finds a typo only when it gets there, with folders already
+on disk. Here each combination of group choices is composed once, the value overrides are applied to a
+copy with Hydra's own code, and every mistake in any cell refuses the whole call.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fnmatch
+import itertools
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from registry.outcome import BadInput, nearest
+from registry.plugins import KINDS, Catalog
+from registry.schema import GROUPS, Config
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hydra.core.override_parser.types import Override
+
+CONF = Path(__file__).parent.parent / "conf"
+CONFIG_NAME = "config"
+HYDRA_ALLOWED = ("hydra/launcher", "hydra.launcher.*", "hydra.verbose")
+"""Hydra's own keys that a call may set: which launcher runs the cells, and how much Hydra says.
+
+Hydra's others (callbacks, logging handlers, search path) make it import what a config names.
+"""
+OPEN_KEYS = re.compile(r"^((backend|quant|attention)\.options|model\.rope_scaling)\.\w")
+"""Where `+key=value` may add a key: the plugins' own options."""
+
+
+class PluginSearchPath(SearchPathPlugin):
+    """Appends the plugins' YAML folders behind rfloor's own, which therefore win."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Hydra calls this whenever it makes a search path."""
+        for folder in Catalog().conf_folders():
+            search_path.append(provider="rfloor-plugin", path=f"file://{folder}")
+
+
+def register(catalog: Catalog) -> None:
+    """Make Hydra know the schema, the plugins' folders, and every plugin that brings no YAML."""
+    store = ConfigStore.instance()
+    store.store(name="rfloor_schema", node=Config)
+    Plugins.instance().register(PluginSearchPath)
+    for kind in KINDS:
+        for name in catalog.names(kind):
+            if not any((folder / kind / f"{name}.yaml").exists() for folder in (CONF, *catalog.conf_folders())):
+                store.store(group=kind, name=name, node={"name": name})
+
+
+class Composer:
+    """Composes cells from overrides, each combination of groups once.
+
+    Args:
+        catalog: The plugins, whose names are options of their groups.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        register(catalog)
+        self._loader = ConfigLoaderImpl(config_search_path=create_config_search_path(str(CONF)))
+        self._parser = OverridesParser.create(config_loader=self._loader)
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def options(self, group: str) -> list[str]:
+        """The options of a config group, YAML and plugins alike."""
+        return sorted(self._loader.get_group_options(group, ObjectType.CONFIG))
+
+    def profiles(self) -> list[Config]:
+        """The default cell once for each concrete GPU profile."""
+        return [self.cell([f"gpu={name}"]) for name in self.options("gpu") if name != "auto"]
+
+    def jobs(self, overrides: Sequence[str], multirun: bool) -> list[list[str]]:
+        """Every cell's overrides, in Hydra's order: the last axis varies fastest.
+
+        Args:
+            overrides: As typed.
+            multirun: Whether `-m` was given.
+
+        Raises:
+            BadInput: An override that cannot be parsed, is not allowed, or names what does not exist; a sweep
+                without `-m`.
+        """
+        try:
+            parsed = [override for text in overrides for override in self._parser.parse_overrides([text])]
+        except HydraException as error:
+            raise BadInput(f"cannot read an override: {str(error).splitlines()[0]}") from error
+        axes: dict[str, list[str]] = {}
+        for override in parsed:
+            self._check(override, multirun)
+            if override.is_hydra_override():
+                continue
+            axes[override.get_key_element()] = _texts(override)
+        return [list(job) for job in itertools.product(*axes.values())]
+
+    def _check(self, override: Override, multirun: bool) -> None:
+        text, key = override.input_line or "", override.key_or_group
+        if "_target_" in text:
+            raise BadInput(f"{text}: a configuration is data, it cannot name code to call (_target_)")
+        if override.is_hydra_override():
+            if not any(fnmatch.fnmatch(key, allowed) for allowed in HYDRA_ALLOWED):
+                raise BadInput(f"{text}: of Hydra's own keys a call may set {', '.join(HYDRA_ALLOWED)}")
+            return
+        if override.is_delete():
+            raise BadInput(f"{text}: a key cannot be removed; set it to another value")
+        if override.package is not None:
+            raise BadInput(f"{text}: a group keeps its place, write {key}=OPTION")
+        if (override.is_add() or override.is_force_add()) and not OPEN_KEYS.match(key):
+            raise BadInput(f"{text}: + adds a plugin's option (quant.options.NAME), nothing else")
+        if override.is_sweep_override() and not multirun:
+            raise BadInput(f"{text}: several values are a sweep, add -m: python runner.py -m {text} ...")
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise BadInput(f"{text}: a sweep lists its values: {key}=A,B or {key}=range(1,4)")
+        if key in GROUPS:
+            known = self.options(key)
+            for choice in _texts(override):
+                option = choice.partition("=")[2].strip("'\"")
+                if option not in known:
+                    raise BadInput(f"no {key} is called {option!r}: {nearest(option, known)}")
+        elif not (override.is_add() or override.is_force_add()):
+            self._check_key(key)
+
+    def _check_key(self, key: str) -> None:
+        node: Any = self._groups(())
+        seen: list[str] = []
+        for part in key.split("."):
+            children = [str(child) for child in node] if isinstance(node, DictConfig) else []
+            if part not in children:
+                if OPEN_KEYS.match(key):
+                    return  # which options there are depends on the group's choice: composing tells
+                known = [".".join([*seen, child]) for child in children]
+                raise BadInput(f"no key is called {key!r}: {nearest('.'.join([*seen, part]), known)}")
+            seen.append(part)
+            node = node._get_node(part)
+
+    def _groups(self, choices: tuple[str, ...]) -> DictConfig:
+        if choices not in self._composed:
+            config = self._loader.load_configuration(
+                config_name=CONFIG_NAME, overrides=list(choices), run_mode=RunMode.RUN
+            )
+            config._set_flag("struct", False)
+            del config["hydra"]  # not part of a cell, and most of the cost of a copy
+            config._set_flag("struct", True)
+            self._composed[choices] = config
+        return self._composed[choices]
+
+    def cell(self, overrides: Sequence[str]) -> Config:
+        """Compose one cell.
+
+        Args:
+            overrides: One job's overrides, no sweeps among them.
+
+        Raises:
+            BadInput: A value of the wrong type, a value that is missing, or an unknown option of a plugin.
+        """
+        parsed = self._parser.parse_overrides(list(overrides))
+        groups = tuple(o.input_line or "" for o in parsed if o.key_or_group in GROUPS)
+        values = [o for o in parsed if o.key_or_group not in GROUPS]
+        try:
+            config = copy.deepcopy(self._groups(groups))
+            self._loader._apply_overrides_to_config(values, config)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise BadInput(explain(error)) from error
+        if config.context is not None and any(o.key_or_group == "protocol.context" for o in values):
+            raise BadInput("context and protocol.context are two names of one thing: give one")
+        return to_config(config)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The typed cell behind a composed configuration, with `context` moved to where it belongs.
+
+    Raises:
+        BadInput: A value is missing or of the wrong type.
+    """
+    try:
+        values = {field.name: composed[field.name] for field in dataclasses.fields(Config)}
+        config = Config(
+            **{key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in values.items()}
+        )
+    except OmegaConfBaseException as error:
+        raise BadInput(explain(error)) from error
+    if config.context is not None:
+        config.protocol.context, config.context = config.context, None
+    return config
+
+
+def explain(error: BaseException) -> str:
+    """One line that says which key is wrong and why, out of Hydra's chain of exceptions."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    key = getattr(error, "full_key", None)
+    return f"{key}: {first}" if key and key not in first else first
+
+
+def _texts(override: Override) -> list[str]:
+    key = override.get_key_element()
+    if override.is_sweep_override():
+        return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    return [f"{key}={override.get_value_element_as_str()}"]

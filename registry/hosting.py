@@ -1,0 +1,65 @@
+"""The one replacement mechanism: fill a module tree with weights, each linear layer in its format.
+
+The tree is made on the meta device and filled leaf by leaf, so a quantised model never holds more than
+one layer unquantised.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from torch import Tensor, nn
+
+    from registry.api import LinearFormat
+    from registry.weights import WeightSource
+
+
+def materialize(
+    model: nn.Module,
+    source: WeightSource,
+    *,
+    linear: LinearFormat,
+    device: str,
+    dtype: Any,
+    keep: Collection[str] = ("lm_head",),
+    tied: Collection[str] = (),
+) -> dict[str, nn.Module]:
+    """Give every meta parameter of `model` its tensor, and every linear layer its format.
+
+    Args:
+        model: A tree made under `torch.device("meta")`; changed in place.
+        source: Where the tensors come from, by their names in the tree.
+        linear: The format for `nn.Linear` layers.
+        device: Where the tensors go.
+        dtype: What floating-point tensors become.
+        keep: Last name components of linear layers that stay as they are.
+        tied: Full names of parameters that another one stands for; the caller ties them afterwards.
+
+    Returns:
+        The converted layers, by name.
+
+    Raises:
+        Refused: The source lacks a tensor, or the format refuses a layer.
+    """
+    import torch
+
+    converted = {}
+    for name, module in list(model.named_modules()):
+        prefix = f"{name}." if name else ""
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta and prefix + leaf not in tied:
+                tensor = source.tensor(prefix + leaf, tuple(parameter.shape), dtype, device)
+                setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] not in keep:
+            converted[name] = linear.convert(module)
+            model.set_submodule(name, converted[name])
+    return converted
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind `tensors`, each storage once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

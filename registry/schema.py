@@ -1,0 +1,159 @@
+"""The typed configuration: one dataclass a config group, one `Config` that holds a cell.
+
+The dataclasses are Hydra's structured configuration (`registry.compose` stores them) and, filled, the
+plain objects that travel to the worker. Values live in `conf/`; what a value may be is said in
+`registry.validate`. Nothing here imports anything heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+MISSING: Any = "???"  # OmegaConf's mark for a value that the YAML has to give
+
+
+@dataclass
+class ModelConfig:
+    """The architecture's numbers, and where its weights come from."""
+
+    name: str = MISSING
+    model_type: str = MISSING
+    layers: int = MISSING
+    hidden: int = MISSING
+    q_heads: int = MISSING
+    kv_heads: int = MISSING
+    head_dim: int = MISSING
+    ffn: int = MISSING
+    vocab: int = MISSING
+    max_context: int = MISSING
+    rope_theta: float = MISSING
+    rms_norm_eps: float = MISSING
+    qkv_bias: bool = MISSING
+    tied_embeddings: bool = MISSING
+    rope_scaling: dict[str, Any] | None = None
+    source: str = MISSING
+    weights: str = "random"
+    revision: str | None = None
+
+
+@dataclass
+class GpuConfig:
+    """A device as its maker sells it. Every number has a line in `sources`."""
+
+    name: str = MISSING
+    nvml_names: list[str] = field(default_factory=list)
+    peak_bandwidth_gbs: float | None = None
+    measure_bandwidth: bool = False
+    memory_gb: float | None = None
+    compute_capability: str | None = None
+    price_usd_per_hour: float | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class BackendConfig:
+    """Which plugin decodes. `auto` is what the quantisation runtime brings, else `hf`."""
+
+    name: str = MISSING
+    plugin: str = "${.name}"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class QuantConfig:
+    """How linear layers are stored and multiplied."""
+
+    name: str = MISSING
+    plugin: str = "${.name}"
+    backend: str | None = None
+    weight_bits: float = 16.0
+    study_bits: float = 16.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class AttentionConfig:
+    """Which kernel attends to the cache in a decode step."""
+
+    name: str = MISSING
+    plugin: str = "${.name}"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ExecutionConfig:
+    """How the step is launched, and on which cache."""
+
+    name: str = MISSING
+    cache: str = MISSING
+
+
+@dataclass
+class ProtocolConfig:
+    """What is done, how often, and for how long at most."""
+
+    name: str = MISSING
+    context: int = MISSING
+    batch_size: int = MISSING
+    warmup_steps: int = MISSING
+    measured_steps: int = MISSING
+    seed: int = MISSING
+    timeout_s: float = MISSING
+    threads: int | None = None
+
+
+@dataclass
+class TrackingConfig:
+    """Where MLflow keeps the runs."""
+
+    name: str = MISSING
+    uri: str = MISSING
+    experiment: str = MISSING
+    artifacts: str | None = None
+
+
+@dataclass
+class Config:
+    """One cell, as composed."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    context: int | None = None
+    records: str = "records"
+    dry_run: bool = False
+    sweep_id: str | None = None
+
+
+GROUPS = ("model", "gpu", "backend", "quant", "attention", "execution", "protocol", "tracking")
+"""The config groups, in the order in which a cell is told."""
+
+T = TypeVar("T")
+
+
+def from_plain(cls: type[T], data: Any) -> T:
+    """Rebuild a dataclass, and the dataclasses inside it, from what `dataclasses.asdict` made of it.
+
+    Args:
+        cls: The dataclass.
+        data: Its plain form, as read back from JSON.
+
+    Raises:
+        TypeError: A field is unknown to `cls`, or one without a default is missing.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {
+        name: from_plain(hints[name], value)
+        if dataclasses.is_dataclass(hints.get(name)) and isinstance(value, dict)
+        else value
+        for name, value in data.items()
+    }
+    return cls(**values)

@@ -1,0 +1,259 @@
+"""Where a model's tensors come from: a seed, or a folder of safetensors files.
+
+A folder is checked from its configuration and its files' headers, which needs no torch, before any
+process is started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from registry.architecture import CONFIG_JSON_NAMES
+from registry.outcome import BadInput, Outcome, Refused
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from registry.architecture import Architecture
+
+RANDOM = "random"
+INDEX = "model.safetensors.index.json"
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+HEADER_LIMIT = 100_000_000  # the safetensors library's own bound on a header
+
+
+class WeightSource(Protocol):
+    """Gives a tensor by its transformers name."""
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: Any, device: str) -> Tensor:
+        """One tensor, new, in `dtype` on `device`.
+
+        Raises:
+            Refused: There is none of this name and shape.
+        """
+
+
+class RandomWeights:
+    """Seeded weights, made on the device.
+
+    Each tensor has a generator of its own, seeded by its name: a two-layer cut has the very weights of
+    the full model's first two layers, in whatever order they are asked for. Matrices and biases are
+    normal with the 0.02 that transformers initialises with; norm weights are normal around 1, so that a
+    kernel that forgets them is found out. The values differ between CPU and CUDA generators.
+
+    Args:
+        seed: Together with a tensor's name it determines the tensor on one kind of device.
+    """
+
+    STD = 0.02
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: Any, device: str) -> Tensor:
+        """See `WeightSource.tensor`; never refuses."""
+        import torch
+
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        return torch.empty(shape, dtype=dtype, device=device).normal_(mean, self.STD, generator=generator)
+
+
+class FolderWeights:
+    """A local folder in the layout of `save_pretrained`: config.json and safetensors, nothing executed.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = {name: file for file in _shards(folder) for name in read_header(file)}
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: Any, device: str) -> Tensor:
+        """See `WeightSource.tensor`."""
+        from safetensors import safe_open
+
+        file = self._files.get(name)
+        if file is None:
+            raise Refused(Outcome.UNSUPPORTED, f"{self.folder} holds no tensor called {name}")
+        with safe_open(file, framework="pt", device=device) as shard:
+            tensor: Tensor = shard.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise Refused(
+                Outcome.UNSUPPORTED, f"{name} in {file} has shape {tuple(tensor.shape)}, the model wants {shape}"
+            )
+        return tensor.to(dtype)
+
+
+def open_weights(weights: str, revision: str | None, seed: int) -> WeightSource:
+    """The source that `model.weights` names; a hub id is downloaded, or found in the hub's cache.
+
+    Args:
+        weights: `random`, a local folder, or a hub id.
+        revision: Branch, tag or commit of a hub id.
+        seed: For random weights.
+
+    Raises:
+        Refused: The hub cannot be reached and its cache does not hold the model.
+    """
+    if weights == RANDOM:
+        return RandomWeights(seed)
+    if Path(weights).is_dir():
+        return FolderWeights(Path(weights))
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(weights, revision=revision, allow_patterns=["*.safetensors", "*.json"])
+    except Exception as error:  # the hub's client raises dozens of kinds; each means that the files are not here
+        raise Refused(
+            Outcome.MISSING_DEPENDENCY,
+            f"the weights {weights} are neither cached nor to be had: {str(error).splitlines()[0]}",
+            f"On a machine with network: hf download {weights}",
+        ) from error
+    return FolderWeights(Path(folder))
+
+
+def check_weights(weights: str, architecture: Architecture) -> None:
+    """Refuse weights that cannot be meant, from names, configuration and headers alone.
+
+    Args:
+        weights: `random`, a local folder, or a hub id (of which only the form can be checked here).
+        architecture: What the folder has to hold.
+
+    Raises:
+        BadInput: No such folder, no model in it, a truncated or missing file, another architecture, or
+            weights that are quantised already.
+    """
+    folder = Path(weights).expanduser()
+    if weights == RANDOM:
+        return
+    if not folder.is_dir():
+        if HUB_ID.match(weights) and not folder.parent.is_dir():
+            return
+        raise BadInput(
+            f"model.weights={weights}: no such folder. Give a folder that holds config.json and *.safetensors, "
+            "a hub id (owner/name), or random"
+        )
+    check_folder(folder, architecture)
+
+
+def check_folder(folder: Path, architecture: Architecture) -> None:
+    """The checks of `check_weights` on one folder.
+
+    Raises:
+        BadInput: See there.
+    """
+    config = _read_json(folder / "config.json")
+    rope = config.get("rope_parameters") or {}
+    found = {field: config.get(name) for field, name in CONFIG_JSON_NAMES.items()}
+    found["rope_theta"] = config.get("rope_theta", rope.get("rope_theta"))
+    wanted = {field: getattr(architecture, field) for field in found}
+    found["tied_embeddings"] = bool(found["tied_embeddings"])
+    wrong = [
+        f"{field} {found[field]} (wanted {wanted[field]})" for field in wanted if found[field] != wanted[field]
+    ]
+    if wrong:
+        raise BadInput(f"{folder} holds another architecture than {architecture.name}: {', '.join(wrong)}")
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
+        raise BadInput(
+            f"{folder} holds weights that are quantised already ({method}); "
+            "give unquantised ones, the quant group converts them"
+        )
+    present: dict[str, tuple[str, list[int]]] = {}
+    for shard in _shards(folder):
+        present |= read_header(shard)
+    for name, shape in expected_tensors(architecture).items():
+        if name not in present:
+            raise BadInput(f"{folder} lacks the tensor {name}")
+        dtype, stored = present[name]
+        if tuple(stored) != shape:
+            raise BadInput(f"{folder}: {name} has shape {tuple(stored)}, {architecture.name} wants {shape}")
+        if dtype not in FLOAT_DTYPES:
+            raise BadInput(f"{folder}: {name} is stored as {dtype}; known: {', '.join(FLOAT_DTYPES)}")
+
+
+def expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a Llama-shaped checkpoint (qwen2, llama, mistral)."""
+    a = architecture
+    q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocab, a.hidden)}
+    for layer in range(a.layers):
+        prefix = f"model.layers.{layer}."
+        for name, out in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+            shapes[f"{prefix}self_attn.{name}.weight"] = (out, a.hidden)
+            if a.qkv_bias:
+                shapes[f"{prefix}self_attn.{name}.bias"] = (out,)
+        shapes[f"{prefix}self_attn.o_proj.weight"] = (a.hidden, q)
+        shapes[f"{prefix}mlp.gate_proj.weight"] = (a.ffn, a.hidden)
+        shapes[f"{prefix}mlp.up_proj.weight"] = (a.ffn, a.hidden)
+        shapes[f"{prefix}mlp.down_proj.weight"] = (a.hidden, a.ffn)
+        shapes[f"{prefix}input_layernorm.weight"] = (a.hidden,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (a.hidden,)
+    shapes["model.norm.weight"] = (a.hidden,)
+    if not a.tied_embeddings:
+        shapes["lm_head.weight"] = (a.vocab, a.hidden)
+    return shapes
+
+
+def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Names, dtypes and shapes of a safetensors file, checked against its size.
+
+    The format: eight bytes of little-endian header length, a JSON header, then the tensors' bytes.
+
+    Raises:
+        BadInput: The file is no safetensors file, or shorter than its header says.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
+        if length > min(HEADER_LIMIT, size - 8):
+            raise BadInput(f"{file} is truncated or no safetensors file")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            tensors = {name: (entry["dtype"], list(entry["shape"])) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise BadInput(f"{file} has a header that cannot be read: {error}") from error
+    if 8 + length + end != size:
+        raise BadInput(f"{file} is truncated: {size} bytes, its header says {8 + length + end}")
+    return tensors
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.exists():
+        weight_map = _read_json(index).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise BadInput(f"{index} does not list files of its own folder")
+        missing = sorted(name for name in names if not (folder / name).is_file())
+        if missing:
+            raise BadInput(f"{folder} lacks {', '.join(missing)}, which {INDEX} lists")
+        return [folder / name for name in sorted(names)]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BadInput(f"{folder} holds no *.safetensors file; rfloor loads no other kind")
+    return files
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{file.parent} has no {file.name}; a model folder has one beside its *.safetensors") from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{file} holds no JSON object")
+    return content
