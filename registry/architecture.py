@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from registry.schema import ModelConfig
 
 # What `transformers` calls each number in a model's config.json.
 CONFIG_JSON_NAMES = {
@@ -58,6 +60,12 @@ class Architecture:
     qkv_bias: bool
     tied_embeddings: bool
     rope_scaling: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Architecture:
+        """The architecture behind a model's configuration."""
+        numbers = asdict(model)
+        return cls(**{f.name: numbers[f.name] for f in fields(cls)})
 
     @property
     def group_size(self) -> int:

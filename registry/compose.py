@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,7 +25,7 @@ from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from registry.outcome import BadInput, nearest
 from registry.plugins import KINDS, Catalog
@@ -35,6 +34,7 @@ from registry.schema import GROUPS, Config
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.override_parser.types import Override
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -64,7 +64,9 @@ def register(catalog: Catalog) -> None:
     Plugins.instance().register(PluginSearchPath)
     for kind in KINDS:
         for name in catalog.names(kind):
-            if not any((folder / kind / f"{name}.yaml").exists() for folder in (CONF, *catalog.conf_folders())):
+            if not any(
+                (folder / kind / f"{name}.yaml").exists() for folder in (CONF, *catalog.conf_folders())
+            ):
                 store.store(group=kind, name=name, node={"name": name})
 
 
@@ -107,23 +109,27 @@ class Composer:
         axes: dict[str, list[str]] = {}
         for override in parsed:
             self._check(override, multirun)
-            if override.is_hydra_override():
-                continue
-            axes[override.get_key_element()] = _texts(override)
+            if not override.is_hydra_override():
+                axes[override.get_key_element()] = _texts(override)
+        self._check_hydra([override.input_line or "" for override in parsed if override.is_hydra_override()])
         return [list(job) for job in itertools.product(*axes.values())]
 
     def _check(self, override: Override, multirun: bool) -> None:
         text, key = override.input_line or "", override.key_or_group
         if "_target_" in text:
             raise BadInput(f"{text}: a configuration is data, it cannot name code to call (_target_)")
-        if override.is_hydra_override():
-            if not any(fnmatch.fnmatch(key, allowed) for allowed in HYDRA_ALLOWED):
-                raise BadInput(f"{text}: of Hydra's own keys a call may set {', '.join(HYDRA_ALLOWED)}")
-            return
         if override.is_delete():
             raise BadInput(f"{text}: a key cannot be removed; set it to another value")
         if override.package is not None:
             raise BadInput(f"{text}: a group keeps its place, write {key}=OPTION")
+        if override.is_hydra_override():
+            if not any(fnmatch.fnmatch(key, allowed) for allowed in HYDRA_ALLOWED):
+                raise BadInput(f"{text}: of Hydra's own keys a call may set {', '.join(HYDRA_ALLOWED)}")
+            if override.is_sweep_override():
+                raise BadInput(f"{text}: Hydra's own keys hold for the whole call and cannot be swept")
+            if key == "hydra/launcher":
+                self._check_options(key, override)
+            return
         if (override.is_add() or override.is_force_add()) and not OPEN_KEYS.match(key):
             raise BadInput(f"{text}: + adds a plugin's option (quant.options.NAME), nothing else")
         if override.is_sweep_override() and not multirun:
@@ -131,13 +137,25 @@ class Composer:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             raise BadInput(f"{text}: a sweep lists its values: {key}=A,B or {key}=range(1,4)")
         if key in GROUPS:
-            known = self.options(key)
-            for choice in _texts(override):
-                option = choice.partition("=")[2].strip("'\"")
-                if option not in known:
-                    raise BadInput(f"no {key} is called {option!r}: {nearest(option, known)}")
+            self._check_options(key, override)
         elif not (override.is_add() or override.is_force_add()):
             self._check_key(key)
+        if not _texts(override):
+            raise BadInput(f"{text}: this sweep has no values")
+
+    def _check_options(self, group: str, override: Override) -> None:
+        known = self.options(group)
+        for choice in _texts(override):
+            option = choice.partition("=")[2].strip("'\"")
+            if option not in known:
+                raise BadInput(f"no {group} is called {option!r}: {nearest(option, known)}")
+
+    def _check_hydra(self, overrides: list[str]) -> None:
+        if overrides:
+            try:
+                self._loader.load_configuration(CONFIG_NAME, overrides, run_mode=RunMode.MULTIRUN)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise BadInput(explain(error)) from error
 
     def _check_key(self, key: str) -> None:
         node: Any = self._groups(())
@@ -172,11 +190,16 @@ class Composer:
         Raises:
             BadInput: A value of the wrong type, a value that is missing, or an unknown option of a plugin.
         """
-        parsed = self._parser.parse_overrides(list(overrides))
-        groups = tuple(o.input_line or "" for o in parsed if o.key_or_group in GROUPS)
-        values = [o for o in parsed if o.key_or_group not in GROUPS]
         try:
+            parsed = self._parser.parse_overrides(list(overrides))
+            groups = tuple(o.input_line or "" for o in parsed if o.key_or_group in GROUPS)
+            values = [o for o in parsed if o.key_or_group not in GROUPS]
             config = copy.deepcopy(self._groups(groups))
+            if config.model.rope_scaling is None and any(_changes_rope_scaling(o) for o in values):
+                raise BadInput(
+                    f"model.rope_scaling: {config.model.name} has none; other rotary parameters are another "
+                    "model, a file of its own in conf/model"
+                )
             self._loader._apply_overrides_to_config(values, config)
         except (HydraException, OmegaConfBaseException) as error:
             raise BadInput(explain(error)) from error
@@ -192,12 +215,14 @@ def to_config(composed: DictConfig) -> Config:
         BadInput: A value is missing or of the wrong type.
     """
     try:
-        values = {field.name: composed[field.name] for field in dataclasses.fields(Config)}
-        config = Config(
-            **{key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in values.items()}
-        )
+        nodes = {field.name: composed[field.name] for field in dataclasses.fields(Config)}
+        values: dict[str, Any] = {
+            key: OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
+            for key, node in nodes.items()
+        }
     except OmegaConfBaseException as error:
         raise BadInput(explain(error)) from error
+    config = Config(**values)
     if config.context is not None:
         config.protocol.context, config.context = config.context, None
     return config
@@ -209,6 +234,10 @@ def explain(error: BaseException) -> str:
         error = error.__cause__
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     key = getattr(error, "full_key", None)
+    parent = getattr(error, "parent_node", None)
+    if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and isinstance(parent, DictConfig):
+        add = f"; +{key}=VALUE adds it" if OPEN_KEYS.match(str(key)) else ""
+        return f"no key is called {key!r}: {nearest(str(error.key), [str(child) for child in parent])}{add}"
     return f"{key}: {first}" if key and key not in first else first
 
 
@@ -217,3 +246,7 @@ def _texts(override: Override) -> list[str]:
     if override.is_sweep_override():
         return [f"{key}={value}" for value in override.sweep_string_iterator()]
     return [f"{key}={override.get_value_element_as_str()}"]
+
+
+def _changes_rope_scaling(override: Override) -> bool:
+    return override.key_or_group.startswith("model.rope_scaling") and override.value() is not None

@@ -1,0 +1,176 @@
+"""The device as found: what it is, what state it is in, and what runs on it. NVML and /proc, no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+THROTTLE_REASONS = {
+    0x04: "software power cap",
+    0x08: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+}
+"""Bits of `nvmlDeviceGetCurrentClocksEventReasons` (nvml.h) that lower the clocks against the user's will."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device.
+
+    Attributes:
+        kind: `cuda` or `cpu`.
+        name: As NVML or /proc/cpuinfo names it.
+        memory_bytes: All of its memory.
+        uuid: NVML's, empty for a CPU.
+        capability: CUDA compute capability, `None` for a CPU.
+        driver: NVIDIA driver version, empty for a CPU.
+    """
+
+    kind: str
+    name: str
+    memory_bytes: int
+    uuid: str = ""
+    capability: tuple[int, int] | None = None
+    driver: str = ""
+
+
+def find_device() -> Device:
+    """The GPU that CUDA would call device 0, or the CPU when there is none."""
+    with _nvml() as nvml:
+        handle = _visible_handle(nvml) if nvml else None
+        if handle is None:
+            return cpu_device()
+        return Device(
+            kind="cuda",
+            name=_text(nvml.nvmlDeviceGetName(handle)),
+            memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+            uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+            capability=tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)),
+            driver=_text(nvml.nvmlSystemGetDriverVersion()),
+        )
+
+
+def cpu_device() -> Device:
+    """The host's processor and memory."""
+    match = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(kind="cpu", name=match[1] if match else platform.processor() or "CPU", memory_bytes=memory)
+
+
+def snapshot() -> dict[str, Any]:
+    """The visible GPU's state now: clocks (MHz), temperature (C), power (W), why its clocks are lowered.
+
+    Returns:
+        Empty where there is no GPU; a key is absent where the device does not tell it.
+    """
+    with _nvml() as nvml:
+        handle = _visible_handle(nvml) if nvml else None
+        if handle is None:
+            return {}
+        readings = {
+            "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "throttled": lambda: throttle_reasons(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+        }
+        state: dict[str, Any] = {}
+        for key, read in readings.items():
+            try:
+                state[key] = read()
+            except nvml.NVMLError:
+                continue
+        return state
+
+
+def throttle_reasons(bits: int) -> list[str]:
+    """The words for NVML's clock event bits, those alone that slow a run down."""
+    return [reason for bit, reason in THROTTLE_REASONS.items() if bits & bit]
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use: hyperthreads share the bandwidth that a step wants."""
+    allowed = os.sched_getaffinity(0)
+    siblings = {_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").strip() for cpu in allowed}
+    return max(1, len(siblings - {""}) or len(allowed))
+
+
+def collect_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Installed versions by package name; a package that is not installed is left out."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def collect_git() -> dict[str, str]:
+    """Commit of the checkout, and whether it differs from it; empty outside a checkout."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": str(bool(git("status", "--porcelain"))).lower()}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def describe(device: Device) -> dict[str, Any]:
+    """What a record says of its machine."""
+    return {**asdict(device), "os": platform.platform(), "cpu": cpu_device().name, "cores": physical_cores()}
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    """pynvml, initialised; `None` where there is no driver."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no library, no driver, or one that does not answer: each means no GPU
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _visible_handle(nvml: Any) -> Any:
+    """The NVML handle of CUDA's device 0, `None` if CUDA_VISIBLE_DEVICES hides every GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = visible.split(",")[0].strip() if visible is not None else "0"
+    try:
+        if first.startswith(("GPU-", "MIG-")):
+            return nvml.nvmlDeviceGetHandleByUUID(first)
+        return nvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdigit() else None
+    except nvml.NVMLError:
+        return None
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

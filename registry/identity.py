@@ -1,0 +1,99 @@
+"""What a measurement depends on, hashed: the identity under which a cell's records lie."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from registry.hardware import Device
+    from registry.schema import Config
+
+WORKER = "registry.worker"
+"""Where the measuring code starts."""
+
+
+def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Mapping[str, str]) -> str:
+    """Hash of everything that changes a measurement.
+
+    Args:
+        config: The resolved cell. Where its runs and records go, and how long it may take, is left out.
+        device: The device that measures; its name and driver count, not which of several equal ones it is.
+        modules: The plugins' modules.
+        versions: Installed packages.
+
+    Returns:
+        Sixteen hexadecimal digits.
+    """
+    resolved = dataclasses.asdict(config)
+    for key in ("tracking", "context", "records", "dry_run", "sweep_id"):
+        del resolved[key]
+    del resolved["protocol"]["timeout_s"]
+    identity = {
+        "config": resolved,
+        "sources": {name: source_digest(name) for name in sorted({WORKER, *modules})},
+        "device": [device.kind, device.name, device.driver],
+        "versions": dict(versions),
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def source_digest(module: str) -> str:
+    """Hash of a module's source and of all that it imports from its own top-level package."""
+    digest = hashlib.sha256()
+    for file in sorted(_reachable(module)):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _reachable(module: str) -> set[Path]:
+    package = module.partition(".")[0]
+    files: set[Path] = set()
+    queue = [module]
+    while queue:
+        file = _source(queue.pop())
+        if file is None or file in files:
+            continue
+        files.add(file)
+        for name in _imports(file):
+            if name.partition(".")[0] == package:
+                queue.append(name)
+    return files
+
+
+def _imports(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module, found without importing it or its parents."""
+    package, *rest = module.split(".")
+    try:
+        spec: Any = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    if not rest:
+        return Path(spec.origin) if spec.origin else None
+    for root in spec.submodule_search_locations or []:
+        base = Path(root).joinpath(*rest)
+        for file in (base.with_name(f"{base.name}.py"), base / "__init__.py"):
+            if file.is_file():
+                return file
+    return None

@@ -1,0 +1,102 @@
+"""From what a worker measured to the figures that a run logs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from registry import floor, stats
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from registry.plan import Cell
+
+SOURCE = "rfloor"
+
+
+def metrics(cell: Cell, measured: Mapping[str, Any]) -> dict[str, float]:
+    """Every figure of a measured cell, by the name under which MLflow shows it.
+
+    Args:
+        cell: The cell.
+        measured: The worker's answer.
+
+    Returns:
+        Milliseconds, bytes, decimal gigabytes, ratios; `docs/metrics.md` and the README define each. What
+        does not exist on this device (device events on the CPU, a price without one) is left out.
+    """
+    gpu, batch = cell.config.gpu, cell.config.protocol.batch_size
+    summary = stats.summary(measured["step_times_ms"])
+    step_ms = summary["median_tpot_ms"]
+    attainable = measured["read_bandwidth_gbs"]
+    peak = gpu.peak_bandwidth_gbs or attainable
+    streamed = measured["streamed_weight_bytes"] + measured["streamed_kv_bytes"]
+    study = study_keys(cell, peak, step_ms)
+    figures = summary | {
+        "ttft_ms": measured["ttft_ms"],
+        "tokens_per_s": batch / step_ms * 1e3,
+        "r_floor": study["R_floor"],
+        "floor_ms": study["t_floor_ms"],
+        "mbu": floor.utilisation(streamed, peak, step_ms),
+        "mbu_attainable": floor.utilisation(streamed, attainable, step_ms),
+        "weight_bytes": study["weight_bytes"],
+        "kv_bytes": study["kv_bytes_avg"],
+        "streamed_bytes": streamed,
+        "peak_memory_gb": measured["peak_memory_bytes"] / floor.GB,
+        "decode_peak_memory_gb": measured["decode_peak_memory_bytes"] / floor.GB,
+        "read_bandwidth_gbs": attainable,
+        "logit_cosine": measured["fidelity"]["logit_cosine"],
+        "top1_agreement": measured["fidelity"]["top1_agreement"],
+    }
+    if measured["event_times_ms"]:
+        figures["event_median_tpot_ms"] = stats.summary(measured["event_times_ms"])["median_tpot_ms"]
+    if gpu.price_usd_per_hour:
+        figures["usd_per_mtok"] = floor.usd_per_mtok(step_ms, gpu.price_usd_per_hour, batch)
+    return figures
+
+
+def study_keys(cell: Cell, peak_gbs: float, step_ms: float) -> dict[str, Any]:
+    """The keys of the study's own cell files (arXiv 2605.30571, section 3.2), in its conventions.
+
+    Args:
+        cell: The cell.
+        peak_gbs: Bandwidth that the floor is set against, GB/s.
+        step_ms: Median step time.
+    """
+    c, a = cell.config, cell.architecture
+    batch = c.protocol.batch_size
+    t_floor_ms = floor.floor_ms(cell.study_bytes, peak_gbs)
+    return {
+        "arch": c.model.name,
+        "gpu": c.gpu.name,
+        "ctx": c.protocol.context,
+        "p50_ms": step_ms,
+        "weight_bytes": floor.study_weight_bytes(a, c.quant.study_bits),
+        "bytes_per_token_kv": a.kv_bytes_per_token(),
+        "avg_ctx_during_measure": cell.mean_context,
+        "kv_bytes_avg": floor.kv_bytes(a, cell.mean_context, batch),
+        "bw_peak_gbs": peak_gbs,
+        "t_floor_ms": t_floor_ms,
+        "R_floor": t_floor_ms / step_ms,
+        "n_layers": a.layers,
+        "source": SOURCE,
+    }
+
+
+def warnings(cell: Cell, measured: Mapping[str, Any], figures: Mapping[str, float]) -> list[str]:
+    """What a reader has to know before believing the figures; each a sentence, most often none."""
+    found = stats.unsteady(measured["step_times_ms"])
+    throttled = {
+        reason for moment in ("device_before", "device_after") for reason in measured[moment].get("throttled", [])
+    }
+    found += [f"throttled: {reason} lowered the clocks" for reason in sorted(throttled)]
+    found += [
+        f"{name} is {figures[name]:.3f}: above 1, so a cache held part of the bytes or the bandwidth is not this one's"
+        for name in ("r_floor", "mbu", "mbu_attainable")
+        if figures[name] > 1
+    ]
+    if not measured["passes_agree"]:
+        found.append("the two timed passes ended on different tokens: the step is not deterministic")
+    if cell.config.gpu.measure_bandwidth and not cell.config.gpu.peak_bandwidth_gbs:
+        found.append("no spec sheet: r_floor and mbu stand against the measured read bandwidth")
+    return found

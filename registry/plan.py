@@ -1,0 +1,286 @@
+"""From a configuration to a cell that can be sent to a worker, or to the reason why it cannot.
+
+Checks run from cheap to dear, and what a machine cannot do comes before what it lacks: bad input refuses
+the whole call, then the device, then what the plugins can do together, then missing packages, then
+memory. Nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from packaging.requirements import Requirement as PackageRequirement
+
+from registry import floor
+from registry.api import Backend, Request
+from registry.architecture import Architecture
+from registry.hardware import Device, collect_versions, cpu_device
+from registry.identity import cell_id
+from registry.outcome import BadInput, Outcome, Refusal, Refused, nearest, unsupported
+from registry.plugins import KINDS
+from registry.schema import GpuConfig
+from registry.validate import validate, validate_profile
+from registry.weights import check_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from registry.api import Plugin
+    from registry.plugins import Catalog, Claim
+    from registry.schema import Config
+
+RUNTIME = ("rfloor", "torch", "transformers", "numpy", "nvidia-ml-py")
+"""Packages whose versions belong to a cell's identity, beside those of its plugins."""
+
+
+@dataclass
+class Cell:
+    """One planned cell.
+
+    Attributes:
+        config: Resolved: the GPU's profile and the backend's name stand where `auto` stood.
+        device: The device that measures.
+        targets: `module:Class` of each plugin, by kind.
+        versions: Installed packages that matter.
+        cell_id: Its identity.
+        refusal: Why it will not be measured; `None` if it can be.
+    """
+
+    config: Config
+    device: Device
+    targets: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    cell_id: str = ""
+    refusal: Refusal | None = None
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model, without its weights."""
+        return Architecture.of(self.config.model)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache has to hold."""
+        p = self.config.protocol
+        return p.context + p.warmup_steps + p.measured_steps
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens that a measured step attends to, on average."""
+        p = self.config.protocol
+        return floor.mean_context(p.context, p.warmup_steps, p.measured_steps)
+
+    @property
+    def study_bytes(self) -> float:
+        """W + K of the study's floor."""
+        c = self.config
+        return floor.study_bytes(
+            self.architecture, c.quant.study_bits, self.mean_context, c.protocol.batch_size
+        )
+
+    @property
+    def memory_need(self) -> float:
+        """Bytes of stored weights and the full cache: the least that the device must hold."""
+        c = self.config
+        return floor.stored_weight_bytes(self.architecture, c.quant.weight_bits) + floor.kv_bytes(
+            self.architecture, self.capacity, c.protocol.batch_size
+        )
+
+    @property
+    def label(self) -> str:
+        """The cell in one line, for messages."""
+        c = self.config
+        names = (c.model, c.gpu, c.backend, c.quant, c.attention, c.execution)
+        return " ".join([*(part.name for part in names), f"ctx={c.protocol.context}"])
+
+
+class Planner:
+    """Plans cells for one machine.
+
+    Args:
+        catalog: The plugins.
+        profiles: Every GPU profile, by name: what `gpu=auto` chooses from.
+        device: The device that is here.
+    """
+
+    def __init__(self, catalog: Catalog, profiles: Mapping[str, GpuConfig], device: Device) -> None:
+        self._catalog = catalog
+        self._profiles = profiles
+        self._device = device
+
+    def plan(self, config: Config) -> Cell:
+        """Check a cell and resolve what it leaves open.
+
+        Raises:
+            BadInput: The cell cannot be meant.
+        """
+        validate(config)
+        check_weights(config.model.weights, Architecture.of(config.model))
+        backend = config.backend.name
+        if backend == "auto":
+            config.backend.name = config.backend.plugin = config.quant.backend or "hf"
+        claims, refusals = self._claims(config)
+        cell = Cell(config, self._device)
+        cell.targets = {kind: claim.target for kind, claim in claims.items()}
+        cell.versions = collect_versions([*RUNTIME, *{claim.distribution for claim in claims.values()}])
+        try:
+            self._resolve_gpu(cell)
+            for refusal in refusals:
+                raise refusal
+            self._check_plugins(cell)
+            _check_memory(cell)
+        except Refused as refused:
+            cell.refusal = refused.refusal
+        modules = [target.partition(":")[0] for target in cell.targets.values()]
+        cell.cell_id = cell_id(config, cell.device, modules, cell.versions)
+        return cell
+
+    def _claims(self, config: Config) -> tuple[dict[str, Claim], list[Refused]]:
+        claims, refusals = {}, []
+        for kind in KINDS:
+            try:
+                claims[kind] = self._catalog.find(kind, getattr(config, kind).plugin)
+            except Refused as refused:
+                refusals.append(refused)
+        return claims, refusals
+
+    def _resolve_gpu(self, cell: Cell) -> None:
+        wanted, here = cell.config.gpu, self._device
+        if wanted.name == "auto":
+            name = self._detect()
+            if name is None:
+                raise unsupported(
+                    f"no GPU profile is for {here.name!r}",
+                    "Write conf/gpu/NAME.yaml with its nvml_names and peak_bandwidth_gbs, or use gpu=cpu",
+                )
+            profile = self._profiles[name]
+            given = {key: value for key, value in dataclasses.asdict(wanted).items() if value}
+            cell.config.gpu = dataclasses.replace(profile, **(given | {"name": name}))
+        validate_profile(cell.config.gpu)
+        if cell.config.gpu.measure_bandwidth and not cell.config.gpu.nvml_names:
+            cell.device = cpu_device()
+        elif here.kind != "cuda" or here.name not in cell.config.gpu.nvml_names:
+            raise unsupported(
+                f"gpu={wanted.name} is the profile of {' or '.join(cell.config.gpu.nvml_names) or 'no device'}, "
+                f"this machine has {here.name}",
+                "Use gpu=auto here, or run this cell there",
+            )
+
+    def _detect(self) -> str | None:
+        if self._device.kind == "cpu":
+            return "cpu"
+        return next((n for n, p in self._profiles.items() if self._device.name in p.nvml_names), None)
+
+    def _check_plugins(self, cell: Cell) -> None:
+        chosen = {kind: self._catalog.load(kind, getattr(cell.config, kind).plugin) for kind in KINDS}
+        requests = {
+            kind: _request(cell, _options(kind, plugin, getattr(cell.config, kind)))
+            for kind, plugin in chosen.items()
+        }
+        for kind, plugin in chosen.items():
+            _check_declared(kind, plugin, requests[kind])
+        _check_combination(chosen["backend"], requests["backend"])
+        for kind, plugin in chosen.items():
+            plugin.check(requests[kind])
+        for plugin in chosen.values():
+            _check_requirements(plugin)
+
+
+def _options(kind: str, plugin: type[Plugin], config: Any) -> Any:
+    """The plugin's options, checked against its own dataclass and given back in its types."""
+    known = [f.name for f in dataclasses.fields(plugin.Options)]
+    for name in config.options:
+        if name not in known:
+            raise BadInput(f"{config.name} has no option {kind}.options.{name}: {nearest(name, known)}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(plugin.Options), config.options)
+        options: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise BadInput(f"{kind}.options: {str(error).splitlines()[0]}") from error
+    config.options = dataclasses.asdict(options)
+    return options
+
+
+def _request(cell: Cell, options: Any) -> Request:
+    c = cell.config
+    return Request(
+        architecture=cell.architecture,
+        backend=c.backend.plugin,
+        quant=c.quant.plugin,
+        attention=c.attention.plugin,
+        execution=c.execution.name,
+        cache=c.execution.cache,
+        batch_size=c.protocol.batch_size,
+        capacity=cell.capacity,
+        device=cell.device.kind,
+        capability=cell.device.capability,
+        options=options,
+    )
+
+
+def _check_declared(kind: str, plugin: type[Plugin], request: Request) -> None:
+    name = f"the {kind} plugin {getattr(request, kind)!r}"
+    if request.device not in plugin.devices:
+        raise unsupported(f"{name} runs on {' and '.join(plugin.devices)}, this device is {request.device}")
+    if plugin.min_capability and request.capability and request.capability < plugin.min_capability:
+        least, found = (".".join(map(str, c)) for c in (plugin.min_capability, request.capability))
+        raise unsupported(f"{name} needs compute capability {least}, this device has {found}")
+    if request.execution not in plugin.executions:
+        raise unsupported(
+            f"{name} cannot be launched by execution={request.execution}",
+            f"It declares {', '.join(plugin.executions)}",
+        )
+    if request.cache not in plugin.caches:
+        raise unsupported(f"{name} works on a {' or '.join(plugin.caches)} cache, not on a {request.cache} one")
+
+
+def _check_combination(backend: type[Plugin], request: Request) -> None:
+    assert issubclass(backend, Backend)
+    if request.execution == "cuda_graph" and request.device != "cuda":
+        raise unsupported("execution=cuda_graph needs a CUDA device, this one is the CPU", "Use execution=eager")
+    if request.execution == "cuda_graph" and request.cache != "static":
+        raise unsupported(
+            "a captured step needs a cache that stays where it is, this one is dynamic", "Use execution.cache=static"
+        )
+    for kind, hosted, name in (
+        ("quant", backend.formats, request.quant),
+        ("attention", backend.attentions, request.attention),
+    ):
+        if hosted is not None and name not in hosted:
+            raise unsupported(
+                f"backend={request.backend} does not host {kind}={name}", f"It hosts {', '.join(hosted) or 'none'}"
+            )
+
+
+def _check_requirements(plugin: type[Plugin]) -> None:
+    for requirement in plugin.requires:
+        wanted = PackageRequirement(requirement.package)
+        try:
+            found = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise Refused(
+                Outcome.MISSING_DEPENDENCY, f"{wanted.name} is not installed", requirement.install
+            ) from error
+        if not wanted.specifier.contains(found, prereleases=True):
+            raise Refused(
+                Outcome.MISSING_DEPENDENCY,
+                f"{wanted.name} {found} is installed, {requirement.package} is needed",
+                requirement.install,
+            )
+
+
+def _check_memory(cell: Cell) -> None:
+    if cell.memory_need > cell.device.memory_bytes:
+        raise Refused(
+            Outcome.OOM,
+            f"weights and cache need {cell.memory_need / floor.GB:.1f} GB, "
+            f"{cell.device.name} has {cell.device.memory_bytes / floor.GB:.1f} GB",
+            "Use a smaller model or context, or a quant with fewer bits",
+        )
+
+

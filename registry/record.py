@@ -1,0 +1,176 @@
+"""The cell record: one JSON file a cell and session, the truth of which MLflow is a projection."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from registry.outcome import Outcome
+
+SCHEMA_VERSION = 1
+STUDY_KEYS = (
+    "arch",
+    "gpu",
+    "ctx",
+    "p50_ms",
+    "weight_bytes",
+    "bytes_per_token_kv",
+    "avg_ctx_during_measure",
+    "kv_bytes_avg",
+    "bw_peak_gbs",
+    "t_floor_ms",
+    "R_floor",
+    "n_layers",
+    "source",
+)
+"""Keys of the study's own cell files; they stand at the top level of a record, beside rfloor's."""
+
+
+class BadRecord(Exception):
+    """A file that is no cell record, or one of a schema that this version cannot read."""
+
+
+@dataclass
+class Record:
+    """What is known of one cell after one session.
+
+    Attributes:
+        record_id: Unique; what an import recognises a record by.
+        cell_id: The identity of what was measured (`registry.identity`).
+        sweep_id: The call that it belongs to.
+        index: Its place in that sweep, from 0.
+        outcome: How it ended.
+        label: The cell in one line.
+        reason: Why it ended so, empty for ok.
+        remedy: What would mend it, may be empty.
+        warnings: What weakens the figures.
+        started_at: UTC, ISO 8601.
+        wall_s: Seconds from planning to the end, loading included.
+        config: The resolved configuration.
+        environment: Device, driver, versions, commit.
+        step_times_ms: Wall clock of each measured step.
+        event_times_ms: Device events of each step of the second pass; `None` on the CPU.
+        metrics: Everything derived (`registry.metrics`).
+        measured: The rest of the worker's answer: fidelity, execution, clocks before and after.
+        study: The study's own keys.
+    """
+
+    record_id: str
+    cell_id: str
+    sweep_id: str
+    index: int
+    outcome: Outcome
+    label: str
+    started_at: str
+    wall_s: float
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    reason: str = ""
+    remedy: str = ""
+    warnings: list[str] = field(default_factory=list)
+    step_times_ms: list[float] = field(default_factory=list)
+    event_times_ms: list[float] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    study: dict[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """The record as its file holds it."""
+        content = asdict(self)
+        return {"schema_version": SCHEMA_VERSION, **content.pop("study"), **content}
+
+
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "record_id": str,
+    "cell_id": str,
+    "sweep_id": str,
+    "index": int,
+    "outcome": str,
+    "label": str,
+    "started_at": str,
+    "wall_s": (int, float),
+    "config": dict,
+    "environment": dict,
+    "reason": str,
+    "remedy": str,
+    "warnings": list,
+    "step_times_ms": list,
+    "event_times_ms": (list, type(None)),
+    "metrics": dict,
+    "measured": dict,
+}
+
+
+def read(file: Path) -> Record:
+    """Read and check a record.
+
+    Raises:
+        BadRecord: The file cannot be read, is no JSON object, or lacks what a record has.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadRecord(f"{file}: {error}") from error
+    try:
+        return from_plain(content)
+    except BadRecord as error:
+        raise BadRecord(f"{file}: {error}") from error
+
+
+def from_plain(content: Any) -> Record:
+    """Check a record's plain form.
+
+    Raises:
+        BadRecord: See `read`.
+    """
+    if not isinstance(content, dict):
+        raise BadRecord("no JSON object")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise BadRecord(f"schema version {content.get('schema_version')!r}, this rfloor reads {SCHEMA_VERSION}")
+    for name, kind in TYPES.items():
+        if name not in content:
+            raise BadRecord(f"no {name}")
+        if not isinstance(content[name], kind):
+            raise BadRecord(f"{name} is a {type(content[name]).__name__}")
+    if content["outcome"] not in list(Outcome):
+        raise BadRecord(f"an outcome is one of {', '.join(Outcome)}, not {content['outcome']!r}")
+    if not all(isinstance(v, int | float) for v in [*content["step_times_ms"], *content["metrics"].values()]):
+        raise BadRecord("a step time or metric is no number")
+    if content["outcome"] == Outcome.OK and not content["step_times_ms"]:
+        raise BadRecord("the outcome is ok and there are no step times")
+    known = {f.name for f in fields(Record)} - {"study"}
+    values = {name: value for name, value in content.items() if name in known}
+    values["outcome"] = Outcome(values["outcome"])
+    return Record(**values, study={key: content[key] for key in STUDY_KEYS if key in content})
+
+
+def write(record: Record, folder: Path) -> Path:
+    """Write a record under `folder` and return its file; a reader never sees half of it."""
+    file = path(folder, record.cell_id, record.sweep_id, record.index)
+    write_json(file, record.plain())
+    return file
+
+
+def path(folder: Path, cell_id: str, sweep_id: str, index: int) -> Path:
+    """Where a cell's record of one session lies; its log lies beside it with another suffix."""
+    return folder / cell_id / f"{sweep_id}-{index}.json"
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON atomically: a temporary file in the same folder, flushed to disk, renamed into place."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=1, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).replace(file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

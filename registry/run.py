@@ -1,0 +1,223 @@
+"""One cell: send it to a worker, wait without stirring, keep its record, log it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from registry import hardware, metrics
+from registry import record as records
+from registry.outcome import Outcome
+from registry.record import Record
+from registry.tracking import TrackingDown, artifacts
+from registry.worker import STAGES_FD, Request, to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from registry.plan import Cell
+    from registry.tracking import Tracker
+
+T = TypeVar("T")
+CHILD_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONFAULTHANDLER": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+@dataclass
+class Session:
+    """What the cells of one sweep share.
+
+    Attributes:
+        sweep_id: Ties them together.
+        tracker: MLflow; `None` when it is down.
+        stage: Told what a worker begins.
+        tracking_error: Why MLflow is no longer asked, empty while it is.
+        interrupted: The user wants the rest of the sweep not to start.
+    """
+
+    sweep_id: str
+    tracker: Tracker | None
+    stage: Callable[[str], None]
+    tracking_error: str = ""
+    interrupted: bool = False
+
+    def tracked(self, call: Callable[[Tracker], T]) -> T | None:
+        """Call MLflow; once it fails it is left alone, and the records wait for `rfloor import`."""
+        if self.tracker is None:
+            return None
+        try:
+            return call(self.tracker)
+        except TrackingDown as error:
+            self.tracker, self.tracking_error = None, str(error)
+            return None
+
+
+def run_cell(cell: Cell, index: int, session: Session) -> Record:
+    """Measure a cell and keep its record; never raises for what happens inside the cell.
+
+    Args:
+        cell: Planned; one with a refusal gets its record without a worker.
+        index: Its place in the sweep.
+        session: What it shares with the others.
+    """
+    started, clock = datetime.now(UTC), time.monotonic()
+    record = Record(
+        record_id=uuid.uuid4().hex,
+        cell_id=cell.cell_id,
+        sweep_id=session.sweep_id,
+        index=index,
+        outcome=Outcome.CRASH,
+        label=cell.label,
+        started_at=started.isoformat(timespec="milliseconds"),
+        wall_s=0.0,
+        config=resolved(cell),
+        environment={
+            "device": hardware.describe(cell.device),
+            "versions": cell.versions,
+            "git": hardware.collect_git(),
+        },
+    )
+    file = records.path(Path(cell.config.records), cell.cell_id, session.sweep_id, index)
+    known = {"cell_id": cell.cell_id, "sweep_id": session.sweep_id, "gpu_name": cell.device.name}
+    run_id = session.tracked(lambda mlflow: mlflow.open(record.record_id, cell.label, record.config, known))
+    if session.interrupted:
+        answer = {"outcome": Outcome.INTERRUPTED, "reason": "the sweep was interrupted before this cell"}
+    elif cell.refusal:
+        answer = dataclasses.asdict(cell.refusal)
+    else:
+        answer = _ask_worker(cell, file.with_suffix(".log"), session.stage)
+    record.outcome = Outcome(answer.pop("outcome"))
+    record.reason, record.remedy = answer.pop("reason", ""), answer.pop("remedy", "")
+    if record.outcome is Outcome.OK:
+        fill(record, cell, answer)
+    record.wall_s = round(time.monotonic() - clock, 3)
+    records.write(record, Path(cell.config.records))
+    session.interrupted |= record.outcome is Outcome.INTERRUPTED
+    if run_id:
+        session.tracked(lambda mlflow: mlflow.close(run_id, record, artifacts(file)))
+    return record
+
+
+def resolved(cell: Cell) -> dict[str, Any]:
+    """The configuration that a record and MLflow keep: what was measured, not where it was told."""
+    config = dataclasses.asdict(cell.config)
+    for key in ("tracking", "context", "records", "dry_run", "sweep_id"):
+        del config[key]
+    return config
+
+
+def fill(record: Record, cell: Cell, measured: dict[str, Any]) -> None:
+    """Derive everything that a measured cell's record holds."""
+    record.metrics = metrics.metrics(cell, measured)
+    peak = cell.config.gpu.peak_bandwidth_gbs or measured["read_bandwidth_gbs"]
+    record.study = metrics.study_keys(cell, peak, record.metrics["median_tpot_ms"])
+    record.warnings = metrics.warnings(cell, measured, record.metrics)
+    record.step_times_ms = measured.pop("step_times_ms")
+    record.event_times_ms = measured.pop("event_times_ms")
+    record.environment["torch"] = measured.pop("torch")
+    record.measured = measured
+
+
+def _ask_worker(cell: Cell, log: Path, stage: Callable[[str], None]) -> dict[str, Any]:
+    """Run the child process and take its answer, or make one out of how it ended."""
+    request = Request(cell.config, cell.device.kind, cell.targets, cell.mean_context)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="rfloor-") as folder, log.open("wb") as output:
+        question, answer = Path(folder, "request.json"), Path(folder, "answer.json")
+        question.write_text(to_json(request), encoding="utf-8")
+        read_end, write_end = os.pipe()
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "registry.worker", str(question), str(answer)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(write_end,),
+                start_new_session=True,
+                env=CHILD_ENVIRONMENT | os.environ | {STAGES_FD: str(write_end)},
+            )
+        finally:
+            os.close(write_end)
+        try:
+            finished = _wait(child, read_end, cell.config.protocol.timeout_s, stage)
+        except KeyboardInterrupt:
+            return {"outcome": Outcome.INTERRUPTED, "reason": "interrupted by the user"}
+        finally:
+            os.close(read_end)
+            _kill(child)
+        if not finished:
+            return {
+                "outcome": Outcome.TIMEOUT,
+                "reason": f"not done after {cell.config.protocol.timeout_s:g} s",
+                "remedy": "Give protocol.timeout_s=... more seconds",
+            }
+        if answer.exists():
+            content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+            return content
+        return _died(child.returncode, log)
+
+
+def _wait(child: subprocess.Popen[bytes], stages: int, timeout_s: float, stage: Callable[[str], None]) -> bool:
+    """Sleep until the child ends, passing on what it begins; false once the time is over.
+
+    The parent sleeps in poll(2) and wakes for the child's own messages alone, of which there is none
+    inside a timed window.
+    """
+    deadline = time.monotonic() + timeout_s
+    process = os.pidfd_open(child.pid)
+    poller = select.poll()
+    poller.register(process, select.POLLIN)
+    poller.register(stages, select.POLLIN)
+    try:
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            for descriptor, _ in poller.poll(left * 1000):
+                if descriptor == process:
+                    child.wait()
+                    return True
+                told = os.read(stages, 4096).decode(errors="replace")
+                if not told:
+                    poller.unregister(stages)
+                for name in told.splitlines():
+                    stage(name)
+    finally:
+        os.close(process)
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """End the child's whole process group, whether or not it is still there."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+
+
+def _died(returncode: int, log: Path) -> dict[str, Any]:
+    """What a child that left no answer died of."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    last = f"; its last words: {lines[-1][:300]}" if lines else ""
+    if returncode >= 0:
+        return {"outcome": Outcome.CRASH, "reason": f"the worker ended with code {returncode} and no answer{last}"}
+    name = signal.Signals(-returncode).name
+    hint = " (the kernel's way when memory runs out: see dmesg)" if name == "SIGKILL" else ""
+    return {"outcome": Outcome.CRASH, "reason": f"the worker was killed by {name}{hint}{last}", "remedy": f"See {log}"}

@@ -1,0 +1,236 @@
+"""The whole call: preflight, then every cell through Hydra's launcher, then table and exit code.
+
+`prepare` runs before Hydra's main: it composes and plans every cell, refuses bad input with exit code 2,
+and answers a dry run. Hydra's main then calls `SweepCallback`, which hands the cells to whichever launcher
+the configuration names; `job` is what the launcher runs.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.experimental.callback import Callback
+
+from registry.compose import Composer, to_config
+from registry.hardware import find_device
+from registry.outcome import BadInput
+from registry.plan import Cell, Planner
+from registry.plugins import Catalog
+
+if TYPE_CHECKING:
+    import argparse
+
+    from omegaconf import DictConfig
+
+    from registry.display import Reporter
+    from registry.run import Session
+    from registry.schema import TrackingConfig
+
+BAD_INPUT = 2
+ABOUT = ("help", "hydra_help", "shell_completion", "cfg", "info")
+"""Flags with which Hydra tells about itself and runs nothing."""
+REFUSED_FLAGS = ("config_path", "config_name", "config_dir", "experimental_rerun", "package", "resolve")
+
+
+@dataclass
+class Sweep:
+    """One call's cells.
+
+    Attributes:
+        jobs: Each cell's overrides.
+        cells: The same, planned.
+        sweep_id: Ties the runs together.
+    """
+
+    jobs: list[list[str]]
+    cells: list[Cell]
+    sweep_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")
+
+
+@dataclass
+class Running:
+    """What `job` shares with the sweep when a launcher runs it in the sweep's own process."""
+
+    session: Session
+    reporter: Reporter
+
+
+_sweep: Sweep | None = None
+_running: Running | None = None
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """Compose and plan every cell of a call before Hydra's main is entered.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Raises:
+        SystemExit: 2 for bad input, 0 after a dry run.
+    """
+    global _sweep
+    try:
+        args = get_args_parser().parse_args(list(arguments))
+        composer = Composer(Catalog())
+        if any(getattr(args, flag) for flag in ABOUT):
+            return
+        _sweep = preflight(args, composer)
+    except BadInput as error:
+        print(f"rfloor: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    if any(cell.config.dry_run for cell in _sweep.cells):
+        from rich.console import Console
+
+        from registry.display import plan_table
+
+        Console().print(plan_table(_sweep.cells))
+        sys.exit(0)
+
+
+def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
+    """Every cell of the call, planned.
+
+    Raises:
+        BadInput: One cell or more cannot be meant: all of their problems, each once.
+    """
+    for flag in REFUSED_FLAGS:
+        if getattr(args, flag):
+            raise BadInput(f"--{flag.replace('_', '-')}: rfloor's configuration lies in conf/ and in its plugins")
+    jobs = composer.jobs(args.overrides, multirun=args.multirun)
+    planner = _planner()
+    cells: list[Cell] = []
+    problems: dict[str, str] = {}
+    for job_overrides in jobs:
+        try:
+            cells.append(planner.plan(composer.cell(job_overrides)))
+        except BadInput as error:
+            problems.setdefault(str(error), " ".join(job_overrides))
+    if problems:
+        many = len(jobs) > 1
+        raise BadInput("\n        ".join(f"{p} (in: {where})" if many else p for p, where in problems.items()))
+    return Sweep(jobs, cells)
+
+
+@cache
+def _planner() -> Planner:
+    """This process's planner; a launcher's remote process makes its own."""
+    catalog = Catalog()
+    profiles = {config.gpu.name: config.gpu for config in Composer(catalog).profiles()}
+    return Planner(catalog, profiles, find_device())
+
+
+class SweepCallback(Callback):
+    """Hydra's callback that runs the sweep and ends the process with its exit code."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Run every cell.
+
+        Raises:
+            SystemExit: 0 when every cell is ok, oom or unsupported and logged, else 1.
+        """
+        assert _sweep is not None, "runner.py calls prepare() before Hydra's main"
+        raise SystemExit(run(_sweep, config))
+
+
+def run(sweep: Sweep, config: DictConfig) -> int:
+    """Launch the cells, tell how they ended, and return the exit code."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.plugins import Plugins
+    from hydra.types import HydraContext
+
+    from registry.display import Reporter
+
+    global _running
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    launcher = Plugins.instance().instantiate_launcher(
+        hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=_no_callbacks()),
+        task_function=job,
+        config=config,
+    )
+    jobs = [[*overrides, f"sweep_id={sweep.sweep_id}"] for overrides in sweep.jobs]
+    signal.signal(signal.SIGTERM, _interrupt)
+    with Reporter(len(jobs)) as reporter:
+        tracking = sweep.cells[0].config.tracking
+        reporter.stage(f"opening {tracking.uri.partition('://')[0]} tracking")
+        _running = Running(_session(tracking, sweep.sweep_id, reporter), reporter)
+        returns = launcher.launch(jobs, initial_job_idx=0)
+    return _conclude([ended.return_value for ended in returns], tracking)
+
+
+def job(config: DictConfig) -> dict[str, Any]:
+    """One cell, as a launcher runs it.
+
+    Returns:
+        The record in its plain form under `record`, and what MLflow said under `tracking_error`.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    from registry.run import run_cell
+
+    cell = _planner().plan(to_config(config))
+    session = _running.session if _running else _session(cell.config.tracking, config.sweep_id, None)
+    if _running:
+        _running.reporter.begin(cell.label)
+    record = run_cell(cell, HydraConfig.get().job.num, session)
+    if _running:
+        _running.reporter.done(record)
+    return {"record": record.plain(), "tracking_error": session.tracking_error}
+
+
+def _session(tracking: TrackingConfig, sweep_id: str, reporter: Reporter | None) -> Session:
+    from registry.run import Session
+    from registry.tracking import Tracker, TrackingDown
+
+    session = Session(sweep_id, None, reporter.stage if reporter else lambda _: None)
+    try:
+        session.tracker = Tracker(tracking)
+    except TrackingDown as error:
+        session.tracking_error = str(error)
+    return session
+
+
+def _conclude(ended: list[dict[str, Any]], tracking: TrackingConfig) -> int:
+    """Print table, notes and what to do next; the exit code."""
+    from rich.console import Console
+
+    from registry import record as records
+    from registry.display import notes, results
+    from registry.validate import redact
+
+    found = [records.from_plain(one["record"]) for one in ended]
+    console = Console()
+    console.print(results(found))
+    for line in notes(found):
+        console.print(line, highlight=False, markup=False)
+    errors = {one["tracking_error"] for one in ended if one["tracking_error"]}
+    for error in errors:
+        console.print(f"MLflow did not take every run ({error}). Once it does: rfloor import records", markup=False)
+    uri = redact(tracking.uri)
+    opens = f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {_absolute(uri)}"
+    console.print(f"Compare the runs in the MLflow UI: {opens}", highlight=False, markup=False, soft_wrap=True)
+    return 0 if not errors and all(record.outcome.benign for record in found) else 1
+
+
+def _absolute(uri: str) -> str:
+    scheme, _, path = uri.partition(":///")
+    return f"sqlite:///{Path(path).absolute()}" if scheme == "sqlite" else uri
+
+
+def _no_callbacks() -> Any:
+    from hydra._internal.callbacks import Callbacks
+
+    return Callbacks()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
