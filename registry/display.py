@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -13,22 +15,31 @@ from registry.outcome import Outcome
 from registry.schema import GROUPS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from registry.plan import Cell
     from registry.record import Record
 
 AXES = tuple(group for group in GROUPS if group not in ("protocol", "tracking"))
+PIPE_WIDTH = 160  # where nobody has a window, nothing is folded
+NARROW = 100
 STYLES = {Outcome.OK: "green", Outcome.OOM: "yellow", Outcome.UNSUPPORTED: "yellow"}
 FIGURES = (
-    ("TPOT ms", "median_tpot_ms", "{:.2f}"),
-    ("tok/s", "tokens_per_s", "{:.1f}"),
-    ("floor ms", "floor_ms", "{:.2f}"),
-    ("r_floor", "r_floor", "{:.3f}"),
-    ("mbu", "mbu", "{:.3f}"),
-    ("mbu att.", "mbu_attainable", "{:.3f}"),
-    ("peak GB", "peak_memory_gb", "{:.2f}"),
+    ("TPOT ms", "median_tpot_ms", "{:.2f}", 0),
+    ("tok/s", "tokens_per_s", "{:.1f}", NARROW),
+    ("floor ms", "floor_ms", "{:.2f}", 0),
+    ("r_floor", "r_floor", "{:.3f}", 0),
+    ("mbu", "mbu", "{:.3f}", 0),
+    ("mbu att.", "mbu_attainable", "{:.3f}", NARROW),
+    ("peak GB", "peak_memory_gb", "{:.2f}", NARROW),
 )
+"""Heading, metric, format, and the least width of window that has room for it."""
+
+
+def console(stderr: bool = False) -> Console:
+    """A console as wide as its window, or wide enough when its output goes to a file."""
+    made = Console(stderr=stderr)
+    return made if made.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
 
 
 class Reporter:
@@ -41,7 +52,7 @@ class Reporter:
     """
 
     def __init__(self, total: int) -> None:
-        self.console = Console(stderr=True)
+        self.console = console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -84,22 +95,20 @@ class Reporter:
         self._progress.refresh()
 
 
-def results(records: Sequence[Record]) -> Table:
-    """One row a cell: the axes that differ, the outcome, the figures."""
+def results(records: Sequence[Record], width: int) -> Table:
+    """One row a cell: the axes that differ, the outcome, the figures that fit."""
     cells = [_axes(record.config) for record in records]
-    axes = _varying(cells)
-    table = Table(title=_constant(cells, axes), title_justify="left", title_style="bold", pad_edge=False)
-    for axis in axes:
-        table.add_column(axis, overflow="fold")
-    table.add_column("outcome")
-    for heading, _, _ in FIGURES:
+    table, axes = _table(cells)
+    figures = [figure for figure in FIGURES if width >= figure[3]]
+    table.add_column("outcome", no_wrap=True)
+    for heading, *_ in figures:
         table.add_column(heading, justify="right", no_wrap=True)
     for record, cell in zip(records, cells, strict=True):
         style = STYLES.get(record.outcome, "red")
         table.add_row(
             *(cell[axis] for axis in axes),
             f"[{style}]{record.outcome.value}[/]",
-            *(form.format(record.metrics[name]) if name in record.metrics else "" for _, name, form in FIGURES),
+            *(form.format(record.metrics[name]) if name in record.metrics else "" for _, name, form, _ in figures),
         )
     return table
 
@@ -116,29 +125,45 @@ def notes(records: Sequence[Record]) -> list[str]:
 
 
 def plan_table(cells: Sequence[Cell]) -> Table:
-    """The dry run's table: what each cell would need and what would refuse it."""
+    """The dry run's table: what each cell would need and how it would end if not ok."""
     told = [_axes(vars(cell.config)) for cell in cells]
-    axes = _varying(told)
-    table = Table(title=_constant(told, axes), title_justify="left", title_style="bold", pad_edge=False)
-    for axis in axes:
-        table.add_column(axis, overflow="fold")
+    table, axes = _table(told)
     for heading in ("floor ms", "needs GB", "of GB"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("would be refused", overflow="fold")
+    table.add_column("would be", no_wrap=True)
     for cell, row in zip(cells, told, strict=True):
         gpu = cell.config.gpu
-        refusal = f"{cell.refusal.outcome.value}: {cell.refusal}" if cell.refusal else ""
         memory = gpu.memory_gb or (cell.device.memory_bytes / floor.GB if gpu.measure_bandwidth else None)
         table.add_row(
             *(row[axis] for axis in axes),
             f"{floor.floor_ms(cell.study_bytes, gpu.peak_bandwidth_gbs):.3f}"
             if gpu.peak_bandwidth_gbs
-            else f"{cell.study_bytes / floor.GB:.2f} GB / measured",
+            else "measured",
             f"{cell.memory_need / floor.GB:.2f}",
             f"{memory:.0f}" if memory else "",
-            refusal,
+            f"[yellow]{cell.refusal.outcome.value}[/]" if cell.refusal else "measured",
         )
     return table
+
+
+def plan_notes(cells: Sequence[Cell]) -> list[str]:
+    """Why cells would be refused, each reason once, with how many cells it is the reason of."""
+    reasons = Counter(f"{cell.refusal.outcome.value}: {cell.refusal}" for cell in cells if cell.refusal)
+    return [f"{count} x {reason}" for reason, count in reasons.items()]
+
+
+def _table(cells: Sequence[Mapping[str, str]]) -> tuple[Table, list[str]]:
+    """A table with a column for each axis that varies, the others told in its title."""
+    axes = [axis for axis in (cells[0] if cells else ()) if len({cell[axis] for cell in cells}) > 1]
+    if "execution" in axes and len({(cell["execution"], cell["cache"]) for cell in cells}) == len(
+        {cell["execution"] for cell in cells}
+    ):
+        axes = [axis for axis in axes if axis != "cache"]  # the execution's own, not a choice of this sweep
+    constant = "  ".join(f"{axis}={value}" for axis, value in cells[0].items() if axis not in (*axes, "cache"))
+    table = Table(title=constant, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for axis in axes:
+        table.add_column(axis, no_wrap=True)
+    return table, axes
 
 
 def _axes(config: Mapping[str, object]) -> dict[str, str]:
@@ -151,12 +176,3 @@ def _axes(config: Mapping[str, object]) -> dict[str, str]:
     found |= {key: str(get(config["protocol"], key)) for key in ("context", "batch_size", "seed")}
     found["cache"] = str(get(config["execution"], "cache"))
     return found
-
-
-def _varying(cells: Sequence[Mapping[str, str]]) -> list[str]:
-    axes = list(cells[0]) if cells else []
-    return [axis for axis in axes if len({cell[axis] for cell in cells}) > 1]
-
-
-def _constant(cells: Sequence[Mapping[str, str]], axes: Iterable[str]) -> str:
-    return "  ".join(f"{axis}={cells[0][axis]}" for axis in cells[0] if axis not in set(axes)) if cells else ""

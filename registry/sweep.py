@@ -88,12 +88,18 @@ def prepare(arguments: Sequence[str]) -> None:
         print(f"rfloor: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     if any(cell.config.dry_run for cell in _sweep.cells):
-        from rich.console import Console
-
-        from registry.display import plan_table
-
-        Console().print(plan_table(_sweep.cells))
+        tell_plan(_sweep.cells)
         sys.exit(0)
+
+
+def tell_plan(cells: Sequence[Cell]) -> None:
+    """Print a dry run."""
+    from registry.display import console, plan_notes, plan_table
+
+    out = console()
+    out.print(plan_table(cells))
+    for line in plan_notes(cells):
+        out.print(line, highlight=False, markup=False)
 
 
 def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
@@ -201,23 +207,21 @@ def _session(tracking: TrackingConfig, sweep_id: str, reporter: Reporter | None)
 
 def _conclude(ended: list[dict[str, Any]], tracking: TrackingConfig) -> int:
     """Print table, notes and what to do next; the exit code."""
-    from rich.console import Console
-
     from registry import record as records
-    from registry.display import notes, results
+    from registry.display import console, notes, results
     from registry.validate import redact
 
     found = [records.from_plain(one["record"]) for one in ended]
-    console = Console()
-    console.print(results(found))
+    out = console()
+    out.print(results(found, out.width))
     for line in notes(found):
-        console.print(line, highlight=False, markup=False)
+        out.print(line, highlight=False, markup=False)
     errors = {one["tracking_error"] for one in ended if one["tracking_error"]}
     for error in errors:
-        console.print(f"MLflow did not take every run ({error}). Once it does: rfloor import records", markup=False)
+        out.print(f"MLflow did not take every run ({error}). Once it does: rfloor import records", markup=False)
     uri = redact(tracking.uri)
     opens = f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {_absolute(uri)}"
-    console.print(f"Compare the runs in the MLflow UI: {opens}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"Compare the runs in the MLflow UI: {opens}", highlight=False, markup=False, soft_wrap=True)
     return 0 if not errors and all(record.outcome.benign for record in found) else 1
 
 
