@@ -1,8 +1,8 @@
 """rfloor's main job: measure the cells that the command line names.
 
-    python runner.py                                   one cell: the defaults of conf/config.yaml
-    python runner.py -m quant=none,nf4 context=512,2048  a sweep
-    python runner.py --help                            groups, options and keys
+python runner.py                                   one cell: the defaults of conf/config.yaml
+python runner.py -m quant=none,nf4 context=512,2048  a sweep
+python runner.py --help                            groups, options and keys
 """
 
 from __future__ import annotations

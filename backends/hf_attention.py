@@ -28,12 +28,13 @@ class Installed:
     cache: Any = None
 
     def remove(self) -> None:
-        """Take the kernel out again, and with it the last reference to its workspace."""
+        """Take the kernel out again, and let go of its workspace and of the cache."""
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface
 
         for interface in (AttentionInterface, AttentionMaskInterface):
             interface._global_mapping.pop(self.name, None)
+        self.cache = None
 
 
 def install(setup: Setup, capacity: int) -> Installed:

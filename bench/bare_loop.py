@@ -41,9 +41,7 @@ def main() -> None:
         sliding_window=None,
     )
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     prompt = torch.randint(config.vocab_size, (1, args.context), device=device)
     with torch.inference_mode():
         cache = DynamicCache(config=config)

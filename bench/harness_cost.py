@@ -29,8 +29,14 @@ def bare(model: str, context: int) -> float:
 
 def rfloor(model: str, context: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "runner.py", f"model={model}", f"context={context}", f"records={folder}/records",
-                   f"tracking.uri=sqlite:///{folder}/mlflow.db", f"tracking.artifacts={folder}/artifacts"]  # fmt: skip
+        overrides = [
+            f"model={model}",
+            f"context={context}",
+            f"records={folder}/records",
+            f"tracking.uri=sqlite:///{folder}/mlflow.db",
+            f"tracking.artifacts={folder}/artifacts",
+        ]
+        command = [sys.executable, "runner.py", *overrides]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         (record,) = Path(folder, "records").rglob("*.json")
         return float(json.loads(record.read_text())["metrics"]["median_tpot_ms"])

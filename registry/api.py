@@ -92,7 +92,7 @@ class Request:
     options: Any
 
 
-class Plugin(ABC):
+class Plugin(ABC):  # noqa: B024 - the kinds below have the abstract methods
     """What all kinds declare.
 
     Class variables:
@@ -112,8 +112,8 @@ class Plugin(ABC):
     caches: ClassVar[tuple[str, ...]] = ("dynamic", "static")
     Options: ClassVar[type] = NoOptions
 
-    @classmethod
-    def check(cls, request: Request) -> None:  # noqa: B027 - most plugins have nothing to add
+    @classmethod  # noqa: B027 - most plugins have nothing to add
+    def check(cls, request: Request) -> None:
         """Refuse a cell for a reason that the class variables cannot say, before anything is loaded.
 
         Raises:
@@ -189,7 +189,7 @@ class AttentionKernel(Plugin):
     def __init__(self, options: Any) -> None:
         self.options = options
 
-    def plan(self, shape: AttentionShape) -> None:  # noqa: B027 - a kernel without workspace has nothing to plan
+    def plan(self, shape: AttentionShape) -> None:
         """Allocate workspaces and compile for a shape. Called once, before the first `decode`.
 
         Raises:
@@ -198,7 +198,14 @@ class AttentionKernel(Plugin):
 
     @abstractmethod
     def decode(
-        self, q: Tensor, k: Tensor, v: Tensor, *, kv_len: Tensor | None, scale: float, mask: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        kv_len: Tensor | None,
+        scale: float,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Attend with one query token a stream.
 

@@ -19,6 +19,7 @@ CONFIG_JSON_NAMES = {
     "kv_heads": "num_key_value_heads",
     "ffn": "intermediate_size",
     "vocab": "vocab_size",
+    "rms_norm_eps": "rms_norm_eps",
     "tied_embeddings": "tie_word_embeddings",
 }
 

@@ -17,9 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code: 0, 1 when MLflow or a record failed, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="rfloor", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    importer = commands.add_parser(
-        "import", help="log records into MLflow, each once however often this is called"
-    )
+    importer = commands.add_parser("import", help="log records into MLflow, each once however often this is called")
     importer.add_argument("folder", type=Path, help="records, or a folder that holds some")
     importer.add_argument("overrides", nargs="*", metavar="tracking.KEY=VALUE", help="where MLflow is")
     args = parser.parse_args(arguments)

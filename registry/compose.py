@@ -64,9 +64,7 @@ def register(catalog: Catalog) -> None:
     Plugins.instance().register(PluginSearchPath)
     for kind in KINDS:
         for name in catalog.names(kind):
-            if not any(
-                (folder / kind / f"{name}.yaml").exists() for folder in (CONF, *catalog.conf_folders())
-            ):
+            if not any((folder / kind / f"{name}.yaml").exists() for folder in (CONF, *catalog.conf_folders())):
                 store.store(group=kind, name=name, node={"name": name})
 
 
@@ -217,8 +215,7 @@ def to_config(composed: DictConfig) -> Config:
     try:
         nodes = {field.name: composed[field.name] for field in dataclasses.fields(Config)}
         values: dict[str, Any] = {
-            key: OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
-            for key, node in nodes.items()
+            key: OmegaConf.to_object(node) if OmegaConf.is_config(node) else node for key, node in nodes.items()
         }
     except OmegaConfBaseException as error:
         raise BadInput(explain(error)) from error

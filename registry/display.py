@@ -86,9 +86,7 @@ class Reporter:
     def done(self, record: Record) -> None:
         """A cell ended."""
         figures = record.metrics
-        told = (
-            f"{figures['median_tpot_ms']:.2f} ms  r_floor {figures['r_floor']:.3f}" if figures else record.reason
-        )
+        told = f"{figures['median_tpot_ms']:.2f} ms  r_floor {figures['r_floor']:.3f}" if figures else record.reason
         style = STYLES.get(record.outcome, "red")
         self.console.print(f"[{style}]{record.outcome.value}[/] {record.label}  {told}", highlight=False)
         self._progress.advance(self._task)
@@ -138,10 +136,10 @@ def plan_table(cells: Sequence[Cell]) -> Table:
             *(row[axis] for axis in axes),
             f"{floor.floor_ms(cell.study_bytes, gpu.peak_bandwidth_gbs):.3f}"
             if gpu.peak_bandwidth_gbs
-            else "measured",
+            else "by probe",
             f"{cell.memory_need / floor.GB:.2f}",
             f"{memory:.0f}" if memory else "",
-            f"[yellow]{cell.refusal.outcome.value}[/]" if cell.refusal else "measured",
+            f"[yellow]{cell.refusal.outcome.value}[/]" if cell.refusal else "run",
         )
     return table
 

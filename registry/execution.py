@@ -88,7 +88,7 @@ class CudaGraph(Execution):
 
         steps = min(PROOF_STEPS, self.room)
         expected, margins = self._eager_tokens(steps)
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(CAPTURE_WARMUPS):
@@ -136,7 +136,8 @@ class CudaGraph(Execution):
             differs = self.token != token
             if bool((differs & (margin > 0)).any()):
                 raise Refused(
-                    Outcome.INCORRECT, f"the replayed graph chose another token than the eager step, {index + 1} in"
+                    Outcome.INCORRECT,
+                    f"the replayed graph chose another token than the eager step, {index + 1} in",
                 )
             if bool(differs.any()):
                 return index

@@ -81,6 +81,7 @@ def snapshot() -> dict[str, Any]:
             return {}
         readings = {
             "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            "sm_clock_max_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM),
             "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
             "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
             "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
@@ -89,7 +90,7 @@ def snapshot() -> dict[str, Any]:
         state: dict[str, Any] = {}
         for key, read in readings.items():
             try:
-                state[key] = read()
+                state[key] = read()  # type: ignore[no-untyped-call]
             except nvml.NVMLError:
                 continue
         return state

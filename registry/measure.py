@@ -11,6 +11,7 @@ import gc
 import statistics
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,13 +115,16 @@ def _event_pass(execution: Execution, protocol: ProtocolConfig) -> list[float]:
 
     for _ in range(protocol.warmup_steps):
         execution.step()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(protocol.measured_steps + 1)]
+    events = [
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(protocol.measured_steps + 1)
+    ]
     events[0].record()
     for event in events[1:]:
         execution.step()
         event.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
 def synchronise(device: str) -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from registry.plan import Cell
 
 SOURCE = "rfloor"
+CLOCK_SLACK = 0.02
+"""A cap that leaves the clocks within this fraction of their maximum slowed nothing that could be seen."""
 
 
 def metrics(cell: Cell, measured: Mapping[str, Any]) -> dict[str, float]:
@@ -86,17 +88,26 @@ def study_keys(cell: Cell, peak_gbs: float, step_ms: float) -> dict[str, Any]:
 def warnings(cell: Cell, measured: Mapping[str, Any], figures: Mapping[str, float]) -> list[str]:
     """What a reader has to know before believing the figures; each a sentence, most often none."""
     found = stats.unsteady(measured["step_times_ms"])
-    throttled = {
-        reason for moment in ("device_before", "device_after") for reason in measured[moment].get("throttled", [])
-    }
-    found += [f"throttled: {reason} lowered the clocks" for reason in sorted(throttled)]
+    for moment in ("before", "after"):
+        found += throttling(measured[f"device_{moment}"], moment)
     found += [
-        f"{name} is {figures[name]:.3f}: above 1, so a cache held part of the bytes or the bandwidth is not this one's"
+        f"{name} is {figures[name]:.3f}: above 1, so a cache held part of the bytes or the bandwidth is another's"
         for name in ("r_floor", "mbu", "mbu_attainable")
         if figures[name] > 1
     ]
-    if not measured["passes_agree"]:
-        found.append("the two timed passes ended on different tokens: the step is not deterministic")
     if cell.config.gpu.measure_bandwidth and not cell.config.gpu.peak_bandwidth_gbs:
         found.append("no spec sheet: r_floor and mbu stand against the measured read bandwidth")
     return found
+
+
+def throttling(state: Mapping[str, Any], moment: str) -> list[str]:
+    """What lowered the clocks at one end of the timed window by more than `CLOCK_SLACK`.
+
+    Args:
+        state: A `registry.hardware.snapshot`.
+        moment: `before` or `after` the window.
+    """
+    clock, most = state.get("sm_clock_mhz"), state.get("sm_clock_max_mhz")
+    if not state.get("throttled") or (clock and most and clock >= most * (1 - CLOCK_SLACK)):
+        return []
+    return [f"throttled {moment} the window by {' and '.join(state['throttled'])}: SM clock {clock} of {most} MHz"]

@@ -23,7 +23,6 @@ from registry.hardware import Device, collect_versions, cpu_device
 from registry.identity import cell_id
 from registry.outcome import BadInput, Outcome, Refusal, Refused, nearest, unsupported
 from registry.plugins import KINDS
-from registry.schema import GpuConfig
 from registry.validate import validate, validate_profile
 from registry.weights import check_weights
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
     from registry.api import Plugin
     from registry.plugins import Catalog, Claim
-    from registry.schema import Config
+    from registry.schema import Config, GpuConfig
 
 RUNTIME = ("rfloor", "torch", "transformers", "numpy", "nvidia-ml-py")
 """Packages whose versions belong to a cell's identity, beside those of its plugins."""
@@ -79,9 +78,7 @@ class Cell:
     def study_bytes(self) -> float:
         """W + K of the study's floor."""
         c = self.config
-        return floor.study_bytes(
-            self.architecture, c.quant.study_bits, self.mean_context, c.protocol.batch_size
-        )
+        return floor.study_bytes(self.architecture, c.quant.study_bits, self.mean_context, c.protocol.batch_size)
 
     @property
     def memory_need(self) -> float:
@@ -245,7 +242,8 @@ def _check_combination(backend: type[Plugin], request: Request) -> None:
         raise unsupported("execution=cuda_graph needs a CUDA device, this one is the CPU", "Use execution=eager")
     if request.execution == "cuda_graph" and request.cache != "static":
         raise unsupported(
-            "a captured step needs a cache that stays where it is, this one is dynamic", "Use execution.cache=static"
+            "a captured step needs a cache that stays where it is, this one is dynamic",
+            "Use execution.cache=static",
         )
     for kind, hosted, name in (
         ("quant", backend.formats, request.quant),
@@ -253,7 +251,8 @@ def _check_combination(backend: type[Plugin], request: Request) -> None:
     ):
         if hosted is not None and name not in hosted:
             raise unsupported(
-                f"backend={request.backend} does not host {kind}={name}", f"It hosts {', '.join(hosted) or 'none'}"
+                f"backend={request.backend} does not host {kind}={name}",
+                f"It hosts {', '.join(hosted) or 'none'}",
             )
 
 
@@ -282,5 +281,3 @@ def _check_memory(cell: Cell) -> None:
             f"{cell.device.name} has {cell.device.memory_bytes / floor.GB:.1f} GB",
             "Use a smaller model or context, or a quant with fewer bits",
         )
-
-

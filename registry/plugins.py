@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from registry.outcome import BadInput, Outcome, Refused, nearest
 
@@ -92,7 +92,7 @@ class Catalog:
             )
         return claims[0]
 
-    def load(self, kind: str, name: str) -> type:
+    def load(self, kind: str, name: str) -> type[Any]:
         """Import the class behind a plugin name.
 
         Raises:
@@ -136,7 +136,7 @@ class Catalog:
         return folders
 
 
-def load_target(target: str) -> type:
+def load_target(target: str) -> type[Any]:
     """Import `module:Class`.
 
     Raises:

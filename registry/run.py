@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -205,10 +206,8 @@ def _wait(child: subprocess.Popen[bytes], stages: int, timeout_s: float, stage: 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
     """End the child's whole process group, whether or not it is still there."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 
@@ -217,7 +216,14 @@ def _died(returncode: int, log: Path) -> dict[str, Any]:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     last = f"; its last words: {lines[-1][:300]}" if lines else ""
     if returncode >= 0:
-        return {"outcome": Outcome.CRASH, "reason": f"the worker ended with code {returncode} and no answer{last}"}
+        return {
+            "outcome": Outcome.CRASH,
+            "reason": f"the worker ended with code {returncode} and no answer{last}",
+        }
     name = signal.Signals(-returncode).name
     hint = " (the kernel's way when memory runs out: see dmesg)" if name == "SIGKILL" else ""
-    return {"outcome": Outcome.CRASH, "reason": f"the worker was killed by {name}{hint}{last}", "remedy": f"See {log}"}
+    return {
+        "outcome": Outcome.CRASH,
+        "reason": f"the worker was killed by {name}{hint}{last}",
+        "remedy": f"See {log}",
+    }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import secrets
 import signal
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -28,6 +27,7 @@ from registry.plugins import Catalog
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from omegaconf import DictConfig
 

@@ -134,7 +134,10 @@ class Tracker:
     def known(self) -> dict[str, tuple[str, bool]]:
         """Every run of the experiment by its record: run id, and whether it is complete."""
         return {
-            run.data.tags[RECORD_TAG]: (run.info.run_id, "outcome" in run.data.tags and run.info.status != "RUNNING")
+            run.data.tags[RECORD_TAG]: (
+                run.info.run_id,
+                "outcome" in run.data.tags and run.info.status != "RUNNING",
+            )
             for run in self._runs()
             if RECORD_TAG in run.data.tags
         }

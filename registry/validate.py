@@ -60,7 +60,7 @@ def _model(config: Config) -> Iterator[str]:
         yield f"model.kv_heads={m.kv_heads} does not divide model.q_heads={m.q_heads}"
     if m.model_type not in MODEL_TYPES:
         yield f"model.model_type={m.model_type}: {nearest(m.model_type, MODEL_TYPES)}"
-    if m.model_type == "qwen2" and not m.qkv_bias or m.model_type == "mistral" and m.qkv_bias:
+    if (m.model_type == "qwen2" and not m.qkv_bias) or (m.model_type == "mistral" and m.qkv_bias):
         yield f"model.qkv_bias={m.qkv_bias}: a {m.model_type} has {'no ' if m.qkv_bias else ''}biases on q, k and v"
 
 

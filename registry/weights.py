@@ -6,10 +6,10 @@ process is started.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 INDEX = "model.safetensors.index.json"
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT_DTYPES = ("BF16", "F16", "F32")
-HEADER_LIMIT = 100_000_000  # the safetensors library's own bound on a header
 
 
 class WeightSource(Protocol):
@@ -88,7 +87,8 @@ class FolderWeights:
             tensor: Tensor = shard.get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise Refused(
-                Outcome.UNSUPPORTED, f"{name} in {file} has shape {tuple(tensor.shape)}, the model wants {shape}"
+                Outcome.UNSUPPORTED,
+                f"{name} in {file} has shape {tuple(tensor.shape)}, the model wants {shape}",
             )
         return tensor.to(dtype)
 
@@ -106,19 +106,36 @@ def open_weights(weights: str, revision: str | None, seed: int) -> WeightSource:
     """
     if weights == RANDOM:
         return RandomWeights(seed)
-    if Path(weights).is_dir():
-        return FolderWeights(Path(weights))
-    from huggingface_hub import snapshot_download
-
+    local = Path(weights).expanduser()
+    if local.is_dir():
+        return FolderWeights(local)
     try:
-        folder = snapshot_download(weights, revision=revision, allow_patterns=["*.safetensors", "*.json"])
-    except Exception as error:  # the hub's client raises dozens of kinds; each means that the files are not here
+        folder = _snapshot(weights, revision)
+    except Exception as error:  # the hub's client raises dozens of kinds; each means: not here
+        first = str(error).partition("\n")[0] or type(error).__name__
         raise Refused(
             Outcome.MISSING_DEPENDENCY,
-            f"the weights {weights} are neither cached nor to be had: {str(error).splitlines()[0]}",
+            f"the weights {weights} are neither cached nor to be had: {first}",
             f"On a machine with network: hf download {weights}",
         ) from error
     return FolderWeights(Path(folder))
+
+
+def _snapshot(repository: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+
+    wanted: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": ["*.safetensors", "*.json"],
+        "ignore_patterns": ["consolidated*"],  # Mistral's repositories hold the same weights a second time
+    }
+    try:
+        return str(snapshot_download(repository, **wanted))
+    except Exception:
+        # Asked for a commit, the client lists the hub's files even where its cache holds them.
+        with contextlib.suppress(Exception):
+            return str(snapshot_download(repository, local_files_only=True, **wanted))
+        raise
 
 
 def check_weights(weights: str, architecture: Architecture) -> None:
@@ -132,15 +149,19 @@ def check_weights(weights: str, architecture: Architecture) -> None:
         BadInput: No such folder, no model in it, a truncated or missing file, another architecture, or
             weights that are quantised already.
     """
-    folder = Path(weights).expanduser()
     if weights == RANDOM:
         return
-    if not folder.is_dir():
-        if HUB_ID.match(weights) and not folder.parent.is_dir():
+    try:
+        folder = Path(weights).expanduser()
+        found = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, no such user
+        raise BadInput(f"model.weights={weights}: no such folder: {error}") from error
+    if not found:
+        if HUB_ID.fullmatch(weights) and not folder.parent.is_dir():
             return
         raise BadInput(
-            f"model.weights={weights}: no such folder. Give a folder that holds config.json and *.safetensors, "
-            "a hub id (owner/name), or random"
+            f"model.weights={weights}: no such folder. Give a folder that holds config.json and "
+            "*.safetensors, a hub id (owner/name), or random"
         )
     check_folder(folder, architecture)
 
@@ -152,18 +173,15 @@ def check_folder(folder: Path, architecture: Architecture) -> None:
         BadInput: See there.
     """
     config = _read_json(folder / "config.json")
-    rope = config.get("rope_parameters") or {}
     found = {field: config.get(name) for field, name in CONFIG_JSON_NAMES.items()}
-    found["rope_theta"] = config.get("rope_theta", rope.get("rope_theta"))
+    found |= _rope(config)
     wanted = {field: getattr(architecture, field) for field in found}
     found["tied_embeddings"] = bool(found["tied_embeddings"])
-    wrong = [
-        f"{field} {found[field]} (wanted {wanted[field]})" for field in wanted if found[field] != wanted[field]
-    ]
+    wrong = [f"{field} {found[field]} (wanted {wanted[field]})" for field in wanted if found[field] != wanted[field]]
     if wrong:
         raise BadInput(f"{folder} holds another architecture than {architecture.name}: {', '.join(wrong)}")
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise BadInput(
             f"{folder} holds weights that are quantised already ({method}); "
             "give unquantised ones, the quant group converts them"
@@ -171,7 +189,11 @@ def check_folder(folder: Path, architecture: Architecture) -> None:
     present: dict[str, tuple[str, list[int]]] = {}
     for shard in _shards(folder):
         present |= read_header(shard)
-    for name, shape in expected_tensors(architecture).items():
+    expected = expected_tensors(architecture)
+    for name in present:
+        if name not in expected and name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+            raise BadInput(f"{folder} holds {name}, for which {architecture.name} has no place")
+    for name, shape in expected.items():
         if name not in present:
             raise BadInput(f"{folder} lacks the tensor {name}")
         dtype, stored = present[name]
@@ -205,54 +227,57 @@ def expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Names, dtypes and shapes of a safetensors file, checked against its size.
-
-    The format: eight bytes of little-endian header length, a JSON header, then the tensors' bytes.
+    """Names, dtypes and shapes of a safetensors file, checked by the library that will load it.
 
     Raises:
         BadInput: The file is no safetensors file, or shorter than its header says.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
-        if length > min(HEADER_LIMIT, size - 8):
-            raise BadInput(f"{file} is truncated or no safetensors file")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            tensors = {name: (entry["dtype"], list(entry["shape"])) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise BadInput(f"{file} has a header that cannot be read: {error}") from error
-    if 8 + length + end != size:
-        raise BadInput(f"{file} is truncated: {size} bytes, its header says {8 + length + end}")
-    return tensors
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+            return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(f"{file} is truncated or no safetensors file: {error}") from error
 
 
 def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
         weight_map = _read_json(index).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
             raise BadInput(f"{index} does not list files of its own folder")
-        missing = sorted(name for name in names if not (folder / name).is_file())
+        names = sorted(set(files))
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise BadInput(f"{folder} lacks {', '.join(missing)}, which {INDEX} lists")
-        return [folder / name for name in sorted(names)]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+        return [folder / name for name in names]
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
         raise BadInput(f"{folder} holds no *.safetensors file; rfloor loads no other kind")
-    return files
+    return shards
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Base and scaling of the rotary embedding, as transformers 5 writes them or 4 did."""
+    both = (config.get("rope_parameters"), config.get("rope_scaling"))
+    scaling = next((dict(given) for given in both if isinstance(given, dict)), {})
+    theta = scaling.pop("rope_theta", None)
+    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+        scaling = {}
+    return {"rope_theta": config.get("rope_theta", theta), "rope_scaling": scaling or None}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BadInput(f"{file.parent} has no {file.name}; a model folder has one beside its *.safetensors") from error
-    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"{file.parent} has no {file.name}; a model folder has one beside its *.safetensors"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise BadInput(f"{file} holds no JSON object")

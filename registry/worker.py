@@ -134,14 +134,21 @@ def _describe_torch() -> dict[str, Any]:
     described: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        described |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
+        described |= {
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+        }
     return described
 
 
 def failure(error: BaseException) -> dict[str, Any]:
     """The answer that an exception makes; its traceback goes to the log."""
     if isinstance(error, Refused):
-        return {"outcome": error.refusal.outcome, "reason": error.refusal.reason, "remedy": error.refusal.remedy}
+        return {
+            "outcome": error.refusal.outcome,
+            "reason": error.refusal.reason,
+            "remedy": error.refusal.remedy,
+        }
     traceback.print_exception(error)
     first = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, BadInput):

@@ -93,7 +93,8 @@ class Nf4(LinearFormat):
         """See `LinearFormat.stored`: packed weights, absmax, the 16 levels, bias."""
         packed, state = _packed(module)
         tensors = [packed, state.absmax, state.code]
-        return [*tensors, module.bias] if isinstance(module.bias, type(module.weight.data)) else tensors
+        bias: Any = module.bias
+        return tensors if bias is None else [*tensors, bias]
 
 
 def _packed(module: nn.Module) -> tuple[Tensor, Any]:
