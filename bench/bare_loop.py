@@ -1,9 +1,9 @@
 """A hand-written decode loop of plain transformers: what the harness's eager figure is held against.
 
-    python bench/bare_loop.py [--model qwen2.5-7b] [--context 2048]
+    python bench/bare_loop.py [--model qwen2.5-7b] [--context 2048] [--cache dynamic] [--sdpa flash] [--passes 2]
 
-Imports nothing of rfloor. Prints one JSON line with the median of 30 steps after 5, wall clock with a
-synchronise around each step, on a DynamicCache with sdpa.
+Imports nothing of rfloor. Prints one JSON line: the median of 30 steps after 5, wall clock with a synchronise
+around each step. Each further pass prefills again and walks the same lengths.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import argparse
 import json
 import statistics
 import time
+from contextlib import nullcontext
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 MODELS = {
     "qwen2.5-7b": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
@@ -24,15 +26,19 @@ MODELS = {
                      "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
                      "tie_word_embeddings": True},
 }  # fmt: skip
+SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+WARMUP, MEASURED = 5, 30
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=MODELS, default="qwen2.5-7b")
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic")
+    parser.add_argument("--sdpa", choices=("default", *SDPA), default="default")
+    parser.add_argument("--passes", type=int, default=1)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
     config = AutoConfig.for_model(
         "qwen2",
         **MODELS[args.model],
@@ -44,17 +50,27 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     prompt = torch.randint(config.vocab_size, (1, args.context), device=device)
     with torch.inference_mode():
-        cache = DynamicCache(config=config)
-        token = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
-        times = []
-        for _ in range(35):
-            synchronise()
-            start = time.perf_counter_ns()
-            logits = model(token, past_key_values=cache, logits_to_keep=1).logits
-            token = logits[:, -1].argmax(-1, keepdim=True)
-            synchronise()
-            times.append((time.perf_counter_ns() - start) / 1e6)
-    print(json.dumps({"median_ms": statistics.median(times[5:]), "times_ms": times[5:]}))
+        passes = []
+        for _ in range(args.passes):
+            length = args.context + WARMUP + MEASURED
+            cache = DynamicCache(config=config) if args.cache == "dynamic" else StaticCache(config, length)
+            token = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+            with nullcontext() if args.sdpa == "default" else sdpa_kernel(SDPA[args.sdpa]):
+                passes.append(steps(model, cache, token, torch.cuda.synchronize if device == "cuda" else int))
+    medians = [statistics.median(times) for times in passes]
+    print(json.dumps({"median_ms": medians[0], "medians_ms": medians, "times_ms": passes[0]}))
+
+
+def steps(model, cache, token, synchronise) -> list[float]:  # type: ignore[no-untyped-def]
+    times = []
+    for _ in range(WARMUP + MEASURED):
+        synchronise()
+        start = time.perf_counter_ns()
+        logits = model(token, past_key_values=cache, logits_to_keep=1).logits
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        synchronise()
+        times.append((time.perf_counter_ns() - start) / 1e6)
+    return times[WARMUP:]
 
 
 if __name__ == "__main__":

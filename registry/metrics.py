@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from registry.plan import Cell
 
 SOURCE = "rfloor"
+ONCE_A_LENGTH = 1.15
+"""From this ratio of first to second visit on, a run says that it paid for lengths and not for steps."""
 CLOCK_SLACK = 0.02
 """A cap that leaves the clocks within this fraction of their maximum slowed nothing that could be seen."""
 
@@ -35,6 +37,7 @@ def metrics(cell: Cell, measured: Mapping[str, Any]) -> dict[str, float]:
     streamed = measured["streamed_weight_bytes"] + measured["streamed_kv_bytes"]
     study = study_keys(cell, peak, step_ms)
     figures = summary | {
+        "revisit_median_tpot_ms": stats.summary(measured["revisit_times_ms"])["median_tpot_ms"],
         "ttft_ms": measured["ttft_ms"],
         "tokens_per_s": batch / step_ms * 1e3,
         "r_floor": study["R_floor"],
@@ -95,6 +98,12 @@ def warnings(cell: Cell, measured: Mapping[str, Any], figures: Mapping[str, floa
         for name in ("r_floor", "mbu", "mbu_attainable")
         if figures[name] > 1
     ]
+    first, again = figures["median_tpot_ms"], figures["revisit_median_tpot_ms"]
+    if first > again * ONCE_A_LENGTH:
+        found.append(
+            f"first visit: a step took {first:.2f} ms, over the same positions again {again:.2f} ms; the "
+            "difference is paid once a cache length (kernel planning or compiling), not once a step"
+        )
     if cell.config.gpu.measure_bandwidth and not cell.config.gpu.peak_bandwidth_gbs:
         found.append("no spec sheet: r_floor and mbu stand against the measured read bandwidth")
     return found

@@ -109,7 +109,7 @@ class Catalog:
                 f"the {kind} plugin {name!r} of {claim.distribution} cannot be imported: {error}",
                 f"Try: pip install --force-reinstall {claim.distribution}",
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise Refused(
                 Outcome.CRASH,
                 f"importing the {kind} plugin {name!r} of {claim.distribution} raised "

@@ -53,7 +53,7 @@ class Record:
         config: The resolved configuration.
         environment: Device, driver, versions, commit.
         step_times_ms: Wall clock of each measured step.
-        event_times_ms: Device events of each step of the second pass; `None` on the CPU.
+        event_times_ms: Device events of each step of the last pass; `None` on the CPU.
         metrics: Everything derived (`registry.metrics`).
         measured: The rest of the worker's answer: fidelity, execution, clocks before and after.
         study: The study's own keys.

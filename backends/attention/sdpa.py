@@ -85,8 +85,7 @@ class Sdpa(AttentionKernel):
             k, v = _expand(k, group), _expand(v, group)
             group = 1
         with self._pinned():
-            # The strides are those of transformers' query. PyTorch picks a kernel by them: with unsqueeze(2)
-            # an H200 took cuDNN's, which plans anew (37 ms) for every length of a growing cache.
+            # The strides are those of transformers' query: PyTorch's choice of kernel may depend on them.
             out = scaled_dot_product_attention(
                 q.unsqueeze(1).transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1
             )
