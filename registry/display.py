@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -101,9 +100,10 @@ def results(records: Sequence[Record], width: int) -> Table:
     table.add_column("outcome", no_wrap=True)
     for heading, *_ in figures:
         table.add_column(heading, justify="right", no_wrap=True)
-    for record, cell in zip(records, cells, strict=True):
+    for row, (record, cell) in enumerate(zip(records, cells, strict=True), start=1):
         style = STYLES.get(record.outcome, "red")
         table.add_row(
+            str(row),
             *(cell[axis] for axis in axes),
             f"[{style}]{record.outcome.value}[/]",
             *(form.format(record.metrics[name]) if name in record.metrics else "" for _, name, form, _ in figures),
@@ -112,14 +112,15 @@ def results(records: Sequence[Record], width: int) -> Table:
 
 
 def notes(records: Sequence[Record]) -> list[str]:
-    """Why cells were not measured and what weakens those that were, each once."""
-    lines: dict[str, None] = {}
-    for record in records:
+    """Why cells were not measured and what weakens those that were, each once with its rows' numbers."""
+    rows: dict[str, list[int]] = {}
+    for row, record in enumerate(records, start=1):
         if record.reason:
-            lines[f"{record.outcome.value}: {record.reason}" + (f". {record.remedy}" if record.remedy else "")] = None
+            remedy = f". {record.remedy}" if record.remedy else ""
+            rows.setdefault(f"{record.outcome.value}: {record.reason}{remedy}", []).append(row)
         for warning in record.warnings:
-            lines[f"warning: {warning}"] = None
-    return list(lines)
+            rows.setdefault(f"warning: {warning}", []).append(row)
+    return [f"{_numbers(found)} {text}" for text, found in rows.items()]
 
 
 def plan_table(cells: Sequence[Cell]) -> Table:
@@ -129,10 +130,11 @@ def plan_table(cells: Sequence[Cell]) -> Table:
     for heading in ("floor ms", "needs GB", "of GB"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("would be", no_wrap=True)
-    for cell, row in zip(cells, told, strict=True):
+    for number, (cell, row) in enumerate(zip(cells, told, strict=True), start=1):
         gpu = cell.config.gpu
         memory = gpu.memory_gb or (cell.device.memory_bytes / floor.GB if gpu.measure_bandwidth else None)
         table.add_row(
+            str(number),
             *(row[axis] for axis in axes),
             f"{floor.floor_ms(cell.study_bytes, gpu.peak_bandwidth_gbs):.3f}"
             if gpu.peak_bandwidth_gbs
@@ -145,9 +147,23 @@ def plan_table(cells: Sequence[Cell]) -> Table:
 
 
 def plan_notes(cells: Sequence[Cell]) -> list[str]:
-    """Why cells would be refused, each reason once, with how many cells it is the reason of."""
-    reasons = Counter(f"{cell.refusal.outcome.value}: {cell.refusal}" for cell in cells if cell.refusal)
-    return [f"{count} x {reason}" for reason, count in reasons.items()]
+    """Why cells would be refused, each reason once with its rows' numbers."""
+    rows: dict[str, list[int]] = {}
+    for row, cell in enumerate(cells, start=1):
+        if cell.refusal:
+            rows.setdefault(f"{cell.refusal.outcome.value}: {cell.refusal}", []).append(row)
+    return [f"{_numbers(found)} {text}" for text, found in rows.items()]
+
+
+def _numbers(rows: Sequence[int]) -> str:
+    """Row numbers as a reader would write them: #1, #3-5."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and row == runs[-1][-1] + 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return "#" + ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _table(cells: Sequence[Mapping[str, str]]) -> tuple[Table, list[str]]:
@@ -159,6 +175,7 @@ def _table(cells: Sequence[Mapping[str, str]]) -> tuple[Table, list[str]]:
         axes = [axis for axis in axes if axis != "cache"]  # the execution's own, not a choice of this sweep
     constant = "  ".join(f"{axis}={value}" for axis, value in cells[0].items() if axis not in (*axes, "cache"))
     table = Table(title=constant, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("#", justify="right", no_wrap=True)
     for axis in axes:
         table.add_column(axis, no_wrap=True)
     return table, axes

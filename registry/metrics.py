@@ -26,7 +26,7 @@ def metrics(cell: Cell, measured: Mapping[str, Any]) -> dict[str, float]:
         measured: The worker's answer.
 
     Returns:
-        Milliseconds, bytes, decimal gigabytes, ratios; `docs/metrics.md` and the README define each. What
+        Milliseconds, bytes, decimal gigabytes, ratios; the README defines each. What
         does not exist on this device (device events on the CPU, a price without one) is left out.
     """
     gpu, batch = cell.config.gpu, cell.config.protocol.batch_size

@@ -220,9 +220,15 @@ def _conclude(ended: list[dict[str, Any]], tracking: TrackingConfig) -> int:
     for error in errors:
         out.print(f"MLflow did not take every run ({error}). Once it does: rfloor import records", markup=False)
     uri = redact(tracking.uri)
-    opens = f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {_absolute(uri)}"
+    opens = f"open {uri}" if uri.startswith("http") else f"{_mlflow()} ui --backend-store-uri {_absolute(uri)}"
     out.print(f"Compare the runs in the MLflow UI: {opens}", highlight=False, markup=False, soft_wrap=True)
     return 0 if not errors and all(record.outcome.benign for record in found) else 1
+
+
+def _mlflow() -> str:
+    """The mlflow command beside this interpreter: a bare name needs an activated environment."""
+    beside = Path(sys.executable).with_name("mlflow")
+    return str(beside) if beside.exists() else "mlflow"
 
 
 def _absolute(uri: str) -> str:

@@ -1,0 +1,41 @@
+# make run / make test need python3 (3.11 or newer), pip and make; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+ARGS ?=
+
+.PHONY: run test lint ui bench clean
+
+run: $(VENV)/run.stamp  ## measure: make run ARGS="-m quant=none,nf4"
+	@$(BIN)/python runner.py $(ARGS)
+
+test: $(VENV)/dev.stamp  ## the whole CPU test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp  ## ruff, and mypy strict on registry and backends
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: $(VENV)/run.stamp  ## the MLflow UI over mlflow.db, on loopback
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 $(ARGS)
+
+bench: $(VENV)/dev.stamp  ## what rfloor itself costs: start-up, planning, records, tracking
+	$(BIN)/python -m pytest bench -o addopts="" --benchmark-only $(ARGS)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+
+$(VENV)/run.stamp: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing rfloor into $(VENV); the first time takes some minutes."
+	$(INSTALL) --editable ".[nf4]"
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(INSTALL) --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
