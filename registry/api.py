@@ -3,7 +3,8 @@
 Three kinds of plugin, each found by an entry point and each a class here: a `Backend` is a whole decode
 step, a `LinearFormat` is how one linear layer is stored and multiplied, an `AttentionKernel` is how one
 query token attends to the cache. What a class declares in its class variables is read before anything
-heavy is imported, so a plugin's module imports torch inside the methods that need it.
+heavy is imported, so a plugin's module imports torch inside the methods that need it. Every method that
+touches tensors is called under `torch.inference_mode()`.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ class LinearFormat(Plugin):
                 which the result has to live, in the model's dtype. May be consumed.
 
         Returns:
-            A module that maps `[..., in_features]` to `[..., out_features]` in the same dtype.
+            A module that maps `[..., in_features]` to `[..., out_features]` in the same dtype. Its attribute
+            `bias` is the layer's bias, or `None`.
 
         Raises:
             Refused: The layer's shape does not fit the format.
@@ -213,7 +215,7 @@ class AttentionKernel(Plugin):
             q: `[batch, q_heads, head_dim]`.
             k: `[batch, kv_heads, rows, head_dim]`; `rows` is the cache's capacity.
             v: As `k`.
-            kv_len: int64, on the device, one element: rows that are valid, the new token's included. `None`
+            kv_len: int64, 0-d, on the device: rows that are valid, the new token's included. `None`
                 when every row is (a dynamic cache).
             scale: Factor on the products of q and k.
             mask: bool `[batch, 1, 1, rows]`, true where a row is valid; given if `needs_mask` and `kv_len` is
@@ -291,7 +293,7 @@ class Backend(Plugin):
 
     @abstractmethod
     def prefill(self, input_ids: Tensor) -> Tensor:
-        """Fill an empty cache.
+        """Fill the cache from its beginning, whatever it held.
 
         Args:
             input_ids: int64 `[batch, tokens]`, on the device.
@@ -331,7 +333,7 @@ class Backend(Plugin):
     def dequantized(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight that the step multiplies with, by its transformers name, in the model's dtype.
 
-        The fidelity check loads them into a plain transformers model.
+        The fidelity check loads them into a plain transformers model. A tied LM head may be left out.
         """
 
     @abstractmethod

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -57,7 +58,7 @@ class Reporter:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[stage]}"),
+            TextColumn("{task.fields[stage]}", style="dim", markup=False),
             console=self.console,
             auto_refresh=False,
             transient=True,
@@ -87,7 +88,8 @@ class Reporter:
         figures = record.metrics
         told = f"{figures['median_tpot_ms']:.2f} ms  r_floor {figures['r_floor']:.3f}" if figures else record.reason
         style = STYLES.get(record.outcome, "red")
-        self.console.print(f"[{style}]{record.outcome.value}[/] {record.label}  {told}", highlight=False)
+        line = f"[{style}]{record.outcome.value}[/] {escape(f'{record.label}  {told}')}"
+        self.console.print(line, highlight=False)
         self._progress.advance(self._task)
         self._progress.refresh()
 
@@ -104,7 +106,7 @@ def results(records: Sequence[Record], width: int) -> Table:
         style = STYLES.get(record.outcome, "red")
         table.add_row(
             str(row),
-            *(cell[axis] for axis in axes),
+            *(escape(cell[axis]) for axis in axes),
             f"[{style}]{record.outcome.value}[/]",
             *(form.format(record.metrics[name]) if name in record.metrics else "" for _, name, form, _ in figures),
         )
@@ -135,7 +137,7 @@ def plan_table(cells: Sequence[Cell]) -> Table:
         memory = gpu.memory_gb or (cell.device.memory_bytes / floor.GB if gpu.measure_bandwidth else None)
         table.add_row(
             str(number),
-            *(row[axis] for axis in axes),
+            *(escape(row[axis]) for axis in axes),
             f"{floor.floor_ms(cell.study_bytes, gpu.peak_bandwidth_gbs):.3f}"
             if gpu.peak_bandwidth_gbs
             else "by probe",
@@ -174,7 +176,9 @@ def _table(cells: Sequence[Mapping[str, str]]) -> tuple[Table, list[str]]:
     ):
         axes = [axis for axis in axes if axis != "cache"]  # the execution's own, not a choice of this sweep
     constant = "  ".join(f"{axis}={value}" for axis, value in cells[0].items() if axis not in (*axes, "cache"))
-    table = Table(title=constant, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=escape(constant), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column("#", justify="right", no_wrap=True)
     for axis in axes:
         table.add_column(axis, no_wrap=True)

@@ -105,7 +105,7 @@ def run_cell(cell: Cell, index: int, session: Session) -> Record:
     else:
         answer = _ask_worker(cell, file.with_suffix(".log"), session.stage)
     record.outcome = Outcome(answer.pop("outcome"))
-    record.reason, record.remedy = answer.pop("reason", ""), answer.pop("remedy", "")
+    record.reason, record.remedy = (_encodable(answer.pop(key, "")) for key in ("reason", "remedy"))
     if record.outcome is Outcome.OK:
         fill(record, cell, answer)
     record.wall_s = round(time.monotonic() - clock, 3)
@@ -114,6 +114,11 @@ def run_cell(cell: Cell, index: int, session: Session) -> Record:
     if run_id:
         session.tracked(lambda mlflow: mlflow.close(run_id, record, artifacts(file)))
     return record
+
+
+def _encodable(text: str) -> str:
+    """`text` with lone surrogates (file names that are no UTF-8) spelt out: MLflow and a terminal take no others."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def resolved(cell: Cell) -> dict[str, Any]:
@@ -213,8 +218,12 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 def _died(returncode: int, log: Path) -> dict[str, Any]:
     """What a child that left no answer died of."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
     last = f"; its last words: {lines[-1][:300]}" if lines else ""
+    if "Fatal Python error" in text:  # faulthandler's dump: its first frame says more than its last line
+        frames = (line.strip() for line in text.rpartition("Fatal Python error")[2].splitlines())
+        last = next((f"; it was in {frame}" for frame in frames if frame.startswith("File ")), last)
     if returncode >= 0:
         return {
             "outcome": Outcome.CRASH,

@@ -24,6 +24,7 @@ from registry.hardware import find_device
 from registry.outcome import BadInput
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
+from registry.validate import redact
 
 if TYPE_CHECKING:
     import argparse
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from registry.display import Reporter
     from registry.run import Session
-    from registry.schema import TrackingConfig
+    from registry.schema import Config, TrackingConfig
 
 BAD_INPUT = 2
 ABOUT = ("help", "hydra_help", "shell_completion", "cfg", "info")
@@ -85,7 +86,7 @@ def prepare(arguments: Sequence[str]) -> None:
             return
         _sweep = preflight(args, composer)
     except BadInput as error:
-        print(f"rfloor: {error}", file=sys.stderr)
+        print(f"rfloor: {redact(str(error))}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     if any(cell.config.dry_run for cell in _sweep.cells):
         tell_plan(_sweep.cells)
@@ -120,6 +121,8 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
             cells.append(planner.plan(composer.cell(job_overrides)))
         except BadInput as error:
             problems.setdefault(str(error), " ".join(job_overrides))
+    if len({str(cell.config.tracking) for cell in cells}) > 1:
+        problems.setdefault("a sweep has one tracking for all of its cells", " ".join(args.overrides))
     if problems:
         many = len(jobs) > 1
         raise BadInput("\n        ".join(f"{p} (in: {where})" if many else p for p, where in problems.items()))
@@ -170,7 +173,7 @@ def run(sweep: Sweep, config: DictConfig) -> int:
         reporter.stage(f"opening {tracking.uri.partition('://')[0]} tracking")
         _running = Running(_session(tracking, sweep.sweep_id, reporter), reporter)
         returns = launcher.launch(jobs, initial_job_idx=0)
-    return _conclude([ended.return_value for ended in returns], tracking)
+    return _conclude([ended.return_value for ended in returns], sweep.cells[0].config)
 
 
 def job(config: DictConfig) -> dict[str, Any]:
@@ -205,11 +208,10 @@ def _session(tracking: TrackingConfig, sweep_id: str, reporter: Reporter | None)
     return session
 
 
-def _conclude(ended: list[dict[str, Any]], tracking: TrackingConfig) -> int:
+def _conclude(ended: list[dict[str, Any]], config: Config) -> int:
     """Print table, notes and what to do next; the exit code."""
     from registry import record as records
     from registry.display import console, notes, results
-    from registry.validate import redact
 
     found = [records.from_plain(one["record"]) for one in ended]
     out = console()
@@ -217,9 +219,10 @@ def _conclude(ended: list[dict[str, Any]], tracking: TrackingConfig) -> int:
     for line in notes(found):
         out.print(line, highlight=False, markup=False)
     errors = {one["tracking_error"] for one in ended if one["tracking_error"]}
+    uri = redact(config.tracking.uri)
+    later = f"rfloor import {config.records} tracking.uri={uri}"
     for error in errors:
-        out.print(f"MLflow did not take every run ({error}). Once it does: rfloor import records", markup=False)
-    uri = redact(tracking.uri)
+        out.print(f"MLflow did not take every run ({error}). Once it does: {later}", highlight=False, markup=False)
     opens = f"open {uri}" if uri.startswith("http") else f"{_mlflow()} ui --backend-store-uri {_absolute(uri)}"
     out.print(f"Compare the runs in the MLflow UI: {opens}", highlight=False, markup=False, soft_wrap=True)
     return 0 if not errors and all(record.outcome.benign for record in found) else 1

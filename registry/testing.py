@@ -756,7 +756,7 @@ class BackendContract(_Contract):
         """What the backend is made with. Override it for a backend that needs weights of its own kind."""
         return Setup(
             architecture=self.architecture,
-            weights=_TellingWeights(seed),
+            weights=RandomWeights(seed),
             device=self.place(),
             dtype=self.torch_dtype(),
             batch_size=batch_size,
@@ -1132,23 +1132,6 @@ class BackendContract(_Contract):
             position = backend.position()
             assert position == self.capacity, f"position() is {position} after {self.steps} replays"
             graph.reset()
-
-
-class _TellingWeights(RandomWeights):
-    """Seeded weights that leave no part of the model without a say.
-
-    In a model of this size the usual 0.02 makes attention all but uniform and norms all but one, and a wrong
-    position or a forgotten norm drowns in rounding. Here a matrix keeps the scale of what it multiplies, so
-    that attention picks single tokens, and norms and biases are spread by a third.
-    """
-
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: Any, device: str) -> Tensor:
-        import torch
-
-        drawn = super().tensor(name, shape, torch.float32, device)
-        mean = 1.0 if "norm" in name else 0.0
-        std = 1 / 3 if len(shape) == 1 else shape[1] ** -0.5
-        return ((drawn - mean) * (std / self.STD) + mean).to(dtype)
 
 
 def _modules_of(requires: Iterable[Requirement]) -> list[str]:

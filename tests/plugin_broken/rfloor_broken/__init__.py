@@ -1,0 +1,1 @@
+"""Plugins for rfloor that cannot work."""

@@ -1,0 +1,3 @@
+"""A module whose own code fails."""
+
+raise RuntimeError("broken on purpose")

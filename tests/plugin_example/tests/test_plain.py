@@ -1,0 +1,7 @@
+from rfloor_example.plain import PlainBackend
+
+from registry.testing import BackendContract
+
+
+class TestPlain(BackendContract):
+    plugin = PlainBackend
