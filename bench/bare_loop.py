@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +29,30 @@ MODELS = {
 }  # fmt: skip
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 WARMUP, MEASURED = 5, 30
+
+
+def make_model(config: Any, device: str) -> Any:
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+
+
+def decode(model: Any, context: int, cache_kind: str, device: str, sdpa: str = "default") -> list[float]:
+    """Prefill, then milliseconds of each measured step."""
+    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+    length = context + WARMUP + MEASURED
+    cache = DynamicCache(config=model.config) if cache_kind == "dynamic" else StaticCache(model.config, length)
+    prompt = torch.randint(model.config.vocab_size, (1, context), device=device)
+    token = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+    times = []
+    with nullcontext() if sdpa == "default" else sdpa_kernel(SDPA[sdpa]):
+        for _ in range(WARMUP + MEASURED):
+            synchronise()
+            start = time.perf_counter_ns()
+            logits = model(token, past_key_values=cache, logits_to_keep=1).logits
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            synchronise()
+            times.append((time.perf_counter_ns() - start) / 1e6)
+    return times[WARMUP:]
 
 
 def main() -> None:
@@ -46,31 +71,11 @@ def main() -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         sliding_window=None,
     )
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
-    prompt = torch.randint(config.vocab_size, (1, args.context), device=device)
     with torch.inference_mode():
-        passes = []
-        for _ in range(args.passes):
-            length = args.context + WARMUP + MEASURED
-            cache = DynamicCache(config=config) if args.cache == "dynamic" else StaticCache(config, length)
-            token = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
-            with nullcontext() if args.sdpa == "default" else sdpa_kernel(SDPA[args.sdpa]):
-                passes.append(steps(model, cache, token, torch.cuda.synchronize if device == "cuda" else int))
+        model = make_model(config, device)
+        passes = [decode(model, args.context, args.cache, device, args.sdpa) for _ in range(args.passes)]
     medians = [statistics.median(times) for times in passes]
     print(json.dumps({"median_ms": medians[0], "medians_ms": medians, "times_ms": passes[0]}))
-
-
-def steps(model, cache, token, synchronise) -> list[float]:  # type: ignore[no-untyped-def]
-    times = []
-    for _ in range(WARMUP + MEASURED):
-        synchronise()
-        start = time.perf_counter_ns()
-        logits = model(token, past_key_values=cache, logits_to_keep=1).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        synchronise()
-        times.append((time.perf_counter_ns() - start) / 1e6)
-    return times[WARMUP:]
 
 
 if __name__ == "__main__":

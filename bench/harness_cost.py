@@ -1,12 +1,12 @@
-"""What the harness costs the user: pairs of rfloor's eager median and a bare loop's, alternating.
+"""What the harness costs the user: pairs of rfloor's eager median and a bare loop's, interleaved in one process.
 
-    python bench/harness_cost.py [--pairs 6] [--model qwen2.5-7b] [--context 2048] [--cache static] [--out FILE]
+    python bench/harness_cost.py [--pairs 12] [--model qwen2.5-7b] [--context 2048] [--cache static] [--out FILE]
 
-The static cache is the default because its shapes do not change: with a growing cache PyTorch may plan its
-attention kernel anew at every length, which is no part of either loop and far noisier than both.
-
-Each arm is a fresh process; the order within a pair alternates. Prints every pair, the geometric mean of
-rfloor / bare, and Student's t interval on the log ratio.
+Both arms decode the same architecture in plain transformers on this machine's device: one through rfloor's own
+`measure`, one by `bare_loop.steps`. They share the process because two processes of one host may differ by half,
+which is no part of either; the order within a pair alternates. The static cache is the default because its shapes
+do not change: with a growing one PyTorch may plan its attention kernel anew at every length. Prints every pair,
+the geometric mean of rfloor / bare, and Student's t interval on the log ratio.
 """
 
 from __future__ import annotations
@@ -14,53 +14,80 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
-import sys
-import tempfile
+import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import bare_loop
+import torch
 from scipy import stats
 
-ROOT = Path(__file__).parent.parent
+from backends.attention.sdpa import Sdpa, SdpaOptions
+from backends.hf import HfBackend
+from backends.quant.none import NoQuant
+from registry.api import Architecture, NoOptions, Setup
+from registry.compose import Composer
+from registry.measure import measure, synchronise
+from registry.plugins import Catalog
+from registry.weights import RandomWeights
+
+if TYPE_CHECKING:
+    from registry.schema import ProtocolConfig
 
 
-def bare(model: str, context: int, cache: str) -> float:
-    command = [sys.executable, "bench/bare_loop.py", "--model", model, "--context", str(context)]
-    command += ["--cache", cache]
-    out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return float(json.loads(out.splitlines()[-1])["median_ms"])
+class Arms:
+    """Both ways to the same figure."""
 
+    def __init__(self, model: str, context: int, cache: str) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = Composer(Catalog()).cell([f"model={model}", f"context={context}", "protocol=paper"])
+        self.protocol: ProtocolConfig = config.protocol
+        self.cache = cache
+        architecture = Architecture.of(config.model)
+        attention = Sdpa(SdpaOptions())
+        self.backend = HfBackend(
+            Setup(
+                architecture,
+                RandomWeights(0),
+                self.device,
+                torch.bfloat16,
+                1,
+                cache,
+                NoQuant(NoOptions()),
+                attention,
+                NoOptions(),
+            )
+        )
+        self.backend.load(context + self.protocol.warmup_steps + self.protocol.measured_steps)
+        self.model = bare_loop.make_model(architecture.transformers_config(), self.device)
 
-def rfloor(model: str, context: int, cache: str) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        overrides = [
-            f"model={model}",
-            f"context={context}",
-            f"execution.cache={cache}",
-            f"records={folder}/records",
-            f"tracking.uri=sqlite:///{folder}/mlflow.db",
-            f"tracking.artifacts={folder}/artifacts",
-        ]
-        command = [sys.executable, "runner.py", *overrides]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        (record,) = Path(folder, "records").rglob("*.json")
-        return float(json.loads(record.read_text())["metrics"]["median_tpot_ms"])
+    def rfloor(self) -> float:
+        measured = measure(self.backend, "eager", self.protocol, float(self.protocol.context), lambda _: None)
+        return statistics.median(measured["step_times_ms"])
+
+    def bare(self) -> float:
+        times = bare_loop.decode(self.model, self.protocol.context, self.cache, self.device)
+        return statistics.median(times)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--model", default="qwen2.5-7b")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--cache", choices=("dynamic", "static"), default="static")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     pairs = []
-    for index in range(args.pairs):
-        arms = [bare, rfloor] if index % 2 == 0 else [rfloor, bare]
-        pair = {arm.__name__: arm(args.model, args.context, args.cache) for arm in arms}
-        pairs.append(pair | {"ratio": pair["rfloor"] / pair["bare"]})
-        print(json.dumps(pairs[-1]), flush=True)
+    with torch.inference_mode():
+        arms = Arms(args.model, args.context, args.cache)
+        arms.rfloor(), arms.bare()  # both have met every shape before the first pair
+        for index in range(args.pairs):
+            order = [arms.bare, arms.rfloor] if index % 2 == 0 else [arms.rfloor, arms.bare]
+            pair = {arm.__name__: arm() for arm in order}
+            synchronise(arms.device)
+            pairs.append(pair | {"ratio": pair["rfloor"] / pair["bare"]})
+            print(json.dumps(pairs[-1]), flush=True)
     logs = [math.log(pair["ratio"]) for pair in pairs]
     mean, error = sum(logs) / len(logs), stats.sem(logs)
     low, high = stats.t.interval(0.95, len(logs) - 1, loc=mean, scale=error)

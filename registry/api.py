@@ -215,7 +215,7 @@ class AttentionKernel(Plugin):
             q: `[batch, q_heads, head_dim]`.
             k: `[batch, kv_heads, rows, head_dim]`; `rows` is the cache's capacity.
             v: As `k`.
-            kv_len: int64, 0-d, on the device: rows that are valid, the new token's included. `None`
+            kv_len: int64, 0-d, on the device: rows that are valid, the new token's included, so two at least. `None`
                 when every row is (a dynamic cache).
             scale: Factor on the products of q and k.
             mask: bool `[batch, 1, 1, rows]`, true where a row is valid; given if `needs_mask` and `kv_len` is

@@ -159,6 +159,7 @@ class Planner:
             given = {key: value for key, value in dataclasses.asdict(wanted).items() if value}
             cell.config.gpu = dataclasses.replace(profile, **(given | {"name": name}))
         validate_profile(cell.config.gpu)
+        self._source_overrides(cell.config.gpu)
         if cell.config.gpu.measure_bandwidth and not cell.config.gpu.nvml_names:
             cell.device = cpu_device()
         elif here.kind != "cuda" or here.name not in cell.config.gpu.nvml_names:
@@ -167,6 +168,15 @@ class Planner:
                 f"this machine has {here.name}",
                 "Use gpu=auto here, or run this cell there",
             )
+
+    def _source_overrides(self, gpu: GpuConfig) -> None:
+        """A number that the call gave is not the profile's, and does not bear the profile's source."""
+        profile = self._profiles.get(gpu.name)
+        if profile is None:
+            return
+        for name in ("peak_bandwidth_gbs", "memory_gb", "compute_capability", "price_usd_per_hour"):
+            if getattr(gpu, name) != getattr(profile, name):
+                gpu.sources = {**gpu.sources, name: "given in the call"}
 
     def _detect(self) -> str | None:
         if self._device.kind == "cpu":

@@ -471,7 +471,7 @@ class AttentionKernelContract(_Contract):
         groups: Query heads a key/value head.
         head_dims: Widths of a head.
         capacity: Rows of the cache; odd, because a context plus some steps is what it is.
-        lengths: Valid rows to attend to.
+        lengths: Valid rows to attend to; a step has two at least, a prompt's token and its own.
     """
 
     kind: ClassVar[type[Plugin]] = AttentionKernel
@@ -479,7 +479,7 @@ class AttentionKernelContract(_Contract):
     groups: ClassVar[Sequence[int]] = (1, 2, 4, 7, 8)
     head_dims: ClassVar[Sequence[int]] = (32, 64, 128)
     capacity: ClassVar[int] = 161
-    lengths: ClassVar[Sequence[int]] = (1, 2, 17, 33, 129, 161)
+    lengths: ClassVar[Sequence[int]] = (2, 3, 17, 33, 129, 161)
 
     def kernels(self, cache: str, batch_size: int, execution: str = "eager") -> Iterator[_Planned]:
         """A planned kernel for every shape that the plugin takes."""

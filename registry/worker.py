@@ -102,13 +102,15 @@ def _factory(request: Request) -> Any:
 
     from registry.api import Architecture, Setup
     from registry.plugins import load_target
-    from registry.weights import open_weights
+    from registry.weights import FolderWeights, check_folder, open_weights
 
     config = request.config
     plugins: dict[str, Any] = {kind: load_target(target) for kind, target in request.targets.items()}
     options = {kind: plugin.Options(**getattr(config, kind).options) for kind, plugin in plugins.items()}
     weights = open_weights(config.model.weights, config.model.revision, config.protocol.seed)
     whole = Architecture.of(config.model)
+    if isinstance(weights, FolderWeights):
+        check_folder(weights.folder, whole)  # a model of the hub is seen here for the first time
 
     def make(layers: int | None) -> Any:
         return plugins["backend"](
