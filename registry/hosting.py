@@ -6,22 +6,28 @@ one layer unquantised.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from torch import Tensor, nn
 
-    from registry.api import LinearFormat
     from registry.weights import WeightSource
+
+
+class Converter(Protocol):
+    """The half of a linear format that fills a model."""
+
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        """See `registry.api.LinearFormat.convert`."""
 
 
 def materialize(
     model: nn.Module,
     source: WeightSource,
     *,
-    linear: LinearFormat,
+    linear: Converter,
     device: str,
     dtype: Any,
     keep: Collection[str] = ("lm_head",),

@@ -26,7 +26,7 @@ from registry.tracking import TrackingDown, artifacts
 from registry.worker import STAGES_FD, Request, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from registry.plan import Cell
     from registry.tracking import Tracker
@@ -51,6 +51,7 @@ class Session:
         stage: Told what a worker begins.
         tracking_error: Why MLflow is no longer asked, empty while it is.
         interrupted: The user wants the rest of the sweep not to start.
+        listening: A worker is being waited for, which an interrupt ends at once.
     """
 
     sweep_id: str
@@ -58,6 +59,28 @@ class Session:
     stage: Callable[[str], None]
     tracking_error: str = ""
     interrupted: bool = False
+    listening: bool = False
+
+    def interrupt(self, *_: object) -> None:
+        """Handle SIGINT or SIGTERM: end the worker that is waited for, start no other.
+
+        Outside of that wait nothing is raised: records are written and runs are closed to their end.
+        """
+        self.interrupted = True
+        if self.listening:
+            self.listening = False
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Inside, an interrupt is raised as KeyboardInterrupt, one that came before it too."""
+        self.listening = True
+        try:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.listening = False
 
     def tracked(self, call: Callable[[Tracker], T]) -> T | None:
         """Call MLflow; once it fails it is left alone, and the records wait for `rfloor import`."""
@@ -103,7 +126,7 @@ def run_cell(cell: Cell, index: int, session: Session) -> Record:
     elif cell.refusal:
         answer = dataclasses.asdict(cell.refusal)
     else:
-        answer = _ask_worker(cell, file.with_suffix(".log"), session.stage)
+        answer = _ask_worker(cell, file.with_suffix(".log"), session)
     record.outcome = Outcome(answer.pop("outcome"))
     record.reason, record.remedy = (_encodable(answer.pop(key, "")) for key in ("reason", "remedy"))
     if record.outcome is Outcome.OK:
@@ -141,7 +164,7 @@ def fill(record: Record, cell: Cell, measured: dict[str, Any]) -> None:
     record.measured = measured
 
 
-def _ask_worker(cell: Cell, log: Path, stage: Callable[[str], None]) -> dict[str, Any]:
+def _ask_worker(cell: Cell, log: Path, session: Session) -> dict[str, Any]:
     """Run the child process and take its answer, or make one out of how it ended."""
     request = Request(cell.config, cell.device.kind, cell.targets, cell.mean_context)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +185,8 @@ def _ask_worker(cell: Cell, log: Path, stage: Callable[[str], None]) -> dict[str
         finally:
             os.close(write_end)
         try:
-            finished = _wait(child, read_end, cell.config.protocol.timeout_s, stage)
+            with session.listen():
+                finished = _wait(child, read_end, cell.config.protocol.timeout_s, session.stage)
         except KeyboardInterrupt:
             return {"outcome": Outcome.INTERRUPTED, "reason": "interrupted by the user"}
         finally:

@@ -157,6 +157,7 @@ def run(sweep: Sweep, config: DictConfig) -> int:
     from hydra.types import HydraContext
 
     from registry.display import Reporter
+    from registry.run import Session
 
     global _running
     hydra = GlobalHydra.instance().hydra
@@ -167,11 +168,14 @@ def run(sweep: Sweep, config: DictConfig) -> int:
         config=config,
     )
     jobs = [[*overrides, f"sweep_id={sweep.sweep_id}"] for overrides in sweep.jobs]
-    signal.signal(signal.SIGTERM, _interrupt)
     with Reporter(len(jobs)) as reporter:
+        session = Session(sweep.sweep_id, None, reporter.stage)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, session.interrupt)
         tracking = sweep.cells[0].config.tracking
         reporter.stage(f"opening {tracking.uri.partition('://')[0]} tracking")
-        _running = Running(_session(tracking, sweep.sweep_id, reporter), reporter)
+        _track(session, tracking)
+        _running = Running(session, reporter)
         returns = launcher.launch(jobs, initial_job_idx=0)
     return _conclude([ended.return_value for ended in returns], sweep.cells[0].config)
 
@@ -184,10 +188,14 @@ def job(config: DictConfig) -> dict[str, Any]:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from registry.run import run_cell
+    from registry.run import Session, run_cell
 
     cell = _planner().plan(to_config(config))
-    session = _running.session if _running else _session(cell.config.tracking, config.sweep_id, None)
+    if _running:
+        session = _running.session
+    else:
+        session = Session(config.sweep_id, None, lambda _: None)
+        _track(session, cell.config.tracking)
     if _running:
         _running.reporter.begin(cell.label)
     record = run_cell(cell, HydraConfig.get().job.num, session)
@@ -196,16 +204,14 @@ def job(config: DictConfig) -> dict[str, Any]:
     return {"record": record.plain(), "tracking_error": session.tracking_error}
 
 
-def _session(tracking: TrackingConfig, sweep_id: str, reporter: Reporter | None) -> Session:
-    from registry.run import Session
+def _track(session: Session, tracking: TrackingConfig) -> None:
+    """Open MLflow, or note why that failed."""
     from registry.tracking import Tracker, TrackingDown
 
-    session = Session(sweep_id, None, reporter.stage if reporter else lambda _: None)
     try:
         session.tracker = Tracker(tracking)
     except TrackingDown as error:
         session.tracking_error = str(error)
-    return session
 
 
 def _conclude(ended: list[dict[str, Any]], config: Config) -> int:
@@ -243,7 +249,3 @@ def _no_callbacks() -> Any:
     from hydra._internal.callbacks import Callbacks
 
     return Callbacks()
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
