@@ -7,6 +7,7 @@ dequantised weights reads the same tokens in one forward.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,9 +78,12 @@ def compare(backend: Backend, seed: int) -> Fidelity:
         decoded = torch.stack(logits, dim=1).float()
         expected = reference(input_ids=tokens, logits_to_keep=STEPS + 1).logits.float()
         del reference
-    finally:
-        backend.close()
-        gc.collect()
+    except BaseException:
+        with contextlib.suppress(Exception):  # what went wrong is told, not what closing makes of it
+            backend.close()
+        raise
+    backend.close()
+    gc.collect()
     return Fidelity(
         logit_cosine=float(torch.nn.functional.cosine_similarity(decoded, expected, dim=-1).min()),
         top1_agreement=float((decoded.argmax(-1) == expected.argmax(-1)).float().mean()),

@@ -55,7 +55,7 @@ def find_device() -> Device:
         return Device(
             kind="cuda",
             name=_text(nvml.nvmlDeviceGetName(handle)),
-            memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+            memory_bytes=_memory_bytes(nvml, handle),
             uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
             capability=tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)),
             driver=_text(nvml.nvmlSystemGetDriverVersion()),
@@ -65,8 +65,8 @@ def find_device() -> Device:
 def cpu_device() -> Device:
     """The host's processor and memory."""
     match = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device(kind="cpu", name=match[1] if match else platform.processor() or "CPU", memory_bytes=memory)
+    name = match[1] if match else platform.processor() or "CPU"
+    return Device(kind="cpu", name=name, memory_bytes=_host_memory_bytes())
 
 
 def snapshot() -> dict[str, Any]:
@@ -159,11 +159,26 @@ def _visible_handle(nvml: Any) -> Any:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     first = visible.split(",")[0].strip() if visible is not None else "0"
     try:
-        if first.startswith(("GPU-", "MIG-")):
+        if first.startswith("MIG-"):
             return nvml.nvmlDeviceGetHandleByUUID(first)
-        return nvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdigit() else None
+        if first.startswith("GPU-"):  # CUDA takes the beginning of a UUID, NVML all of it
+            handles = (nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount()))
+            return next((h for h in handles if _text(nvml.nvmlDeviceGetUUID(h)).startswith(first)), None)
+        return nvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdecimal() else None
     except nvml.NVMLError:
         return None
+
+
+def _memory_bytes(nvml: Any, handle: Any) -> int:
+    """A GPU's memory; the host's where the GPU has none of its own to tell of."""
+    try:
+        return int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except nvml.NVMLError:
+        return _host_memory_bytes()
+
+
+def _host_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _text(value: str | bytes) -> str:

@@ -60,23 +60,31 @@ def _reachable(module: str) -> set[Path]:
     files: set[Path] = set()
     queue = [module]
     while queue:
-        file = _source(queue.pop())
+        importer = queue.pop()
+        file = _source(importer)
         if file is None or file in files:
             continue
         files.add(file)
-        for name in _imports(file):
+        for name in _imports(file, importer):
             if name.partition(".")[0] == package:
                 queue.append(name)
     return files
 
 
-def _imports(file: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
+def _imports(file: Path, module: str) -> set[str]:
+    parents = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    names = {".".join(parents[:depth]) for depth in range(1, len(parents) + 1)}
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # compiled, or broken: the cell's own outcome, told elsewhere
+        return names
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
     return names
 
 

@@ -119,4 +119,5 @@ def throttling(state: Mapping[str, Any], moment: str) -> list[str]:
     clock, most = state.get("sm_clock_mhz"), state.get("sm_clock_max_mhz")
     if not state.get("throttled") or (clock and most and clock >= most * (1 - CLOCK_SLACK)):
         return []
-    return [f"throttled {moment} the window by {' and '.join(state['throttled'])}: SM clock {clock} of {most} MHz"]
+    clocks = f": SM clock {clock} of {most} MHz" if clock and most else ""
+    return [f"throttled {moment} the window by {' and '.join(state['throttled'])}{clocks}"]

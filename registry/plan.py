@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,16 @@ from registry.hardware import Device, collect_versions, cpu_device
 from registry.identity import cell_id
 from registry.outcome import BadInput, Outcome, Refusal, Refused, nearest, unsupported
 from registry.plugins import KINDS
+from registry.schema import GpuConfig
 from registry.validate import validate, validate_profile
 from registry.weights import check_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from registry.api import Plugin
     from registry.plugins import Catalog, Claim
-    from registry.schema import Config, GpuConfig
+    from registry.schema import Config
 
 RUNTIME = ("rfloor", "torch", "transformers", "numpy", "nvidia-ml-py")
 """Packages whose versions belong to a cell's identity, beside those of its plugins."""
@@ -121,10 +123,10 @@ class Planner:
         backend = config.backend.name
         if backend == "auto":
             config.backend.name = config.backend.plugin = config.quant.backend or "hf"
-        claims, refusals = self._claims(config)
+        claims, packages, refusals = self._claims(config)
         cell = Cell(config, self._device)
         cell.targets = {kind: claim.target for kind, claim in claims.items()}
-        cell.versions = collect_versions([*RUNTIME, *{claim.distribution for claim in claims.values()}])
+        cell.versions = collect_versions([*RUNTIME, *packages])
         try:
             self._resolve_gpu(cell)
             for refusal in refusals:
@@ -137,14 +139,21 @@ class Planner:
         cell.cell_id = cell_id(config, cell.device, modules, cell.versions)
         return cell
 
-    def _claims(self, config: Config) -> tuple[dict[str, Claim], list[Refused]]:
-        claims, refusals = {}, []
+    def _claims(self, config: Config) -> tuple[dict[str, Claim], set[str], list[Refused]]:
+        """The cell's plugins with their options checked, the packages behind them, and what fails so far."""
+        claims, packages, refusals = {}, set(), []
         for kind in KINDS:
+            part = getattr(config, kind)
             try:
-                claims[kind] = self._catalog.find(kind, getattr(config, kind).plugin)
+                claims[kind] = self._catalog.find(kind, part.plugin)
+                packages.add(claims[kind].distribution)
+                with _blamed(kind, part.plugin):
+                    plugin = self._catalog.load(kind, part.plugin)
+                    _options(kind, plugin, part)
+                    packages |= {PackageRequirement(requirement.package).name for requirement in plugin.requires}
             except Refused as refused:
                 refusals.append(refused)
-        return claims, refusals
+        return claims, packages, refusals
 
     def _resolve_gpu(self, cell: Cell) -> None:
         wanted, here = cell.config.gpu, self._device
@@ -156,7 +165,8 @@ class Planner:
                     "Write conf/gpu/NAME.yaml with its nvml_names and peak_bandwidth_gbs, or use gpu=cpu",
                 )
             profile = self._profiles[name]
-            given = {key: value for key, value in dataclasses.asdict(wanted).items() if value}
+            unset = dataclasses.asdict(GpuConfig())
+            given = {key: value for key, value in dataclasses.asdict(wanted).items() if value != unset[key]}
             cell.config.gpu = dataclasses.replace(profile, **(given | {"name": name}))
         validate_profile(cell.config.gpu)
         self._source_overrides(cell.config.gpu)
@@ -190,12 +200,27 @@ class Planner:
             for kind, plugin in chosen.items()
         }
         for kind, plugin in chosen.items():
-            _check_declared(kind, plugin, requests[kind])
+            with _blamed(kind, getattr(cell.config, kind).plugin):
+                _check_declared(kind, plugin, requests[kind])
         _check_combination(chosen["backend"], requests["backend"])
         for kind, plugin in chosen.items():
-            plugin.check(requests[kind])
+            with _blamed(kind, getattr(cell.config, kind).plugin):
+                plugin.check(requests[kind])
         for plugin in chosen.values():
             _check_requirements(plugin)
+
+
+@contextmanager
+def _blamed(kind: str, name: str) -> Iterator[None]:
+    """What a plugin's own code raises ends its cell and no other."""
+    try:
+        yield
+    except (BadInput, Refused):
+        raise
+    except (Exception, SystemExit) as error:
+        raise Refused(
+            Outcome.CRASH, f"asking the {kind} plugin {name!r} raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def _options(kind: str, plugin: type[Plugin], config: Any) -> Any:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import tempfile
+import secrets
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from registry.outcome import Outcome
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SCHEMA_VERSION = 1
 STUDY_KEYS = (
@@ -112,7 +116,9 @@ def read(file: Path) -> Record:
         BadRecord: The file cannot be read, is no JSON object, or lacks what a record has.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise BadRecord(f"{file}: nested too deeply") from error
     except (OSError, ValueError) as error:
         raise BadRecord(f"{file}: {error}") from error
     try:
@@ -129,23 +135,51 @@ def from_plain(content: Any) -> Record:
     """
     if not isinstance(content, dict):
         raise BadRecord("no JSON object")
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise BadRecord(f"schema version {content.get('schema_version')!r}, this rfloor reads {SCHEMA_VERSION}")
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION or type(version) is not int:
+        raise BadRecord(f"schema version {version!r}, this rfloor reads {SCHEMA_VERSION}")
     for name, kind in TYPES.items():
         if name not in content:
             raise BadRecord(f"no {name}")
-        if not isinstance(content[name], kind):
+        if not isinstance(content[name], kind) or isinstance(content[name], bool):
             raise BadRecord(f"{name} is a {type(content[name]).__name__}")
     if content["outcome"] not in list(Outcome):
         raise BadRecord(f"an outcome is one of {', '.join(Outcome)}, not {content['outcome']!r}")
-    if not all(isinstance(v, int | float) for v in [*content["step_times_ms"], *content["metrics"].values()]):
-        raise BadRecord("a step time or metric is no number")
-    if content["outcome"] == Outcome.OK and not content["step_times_ms"]:
+    if not _is_time(content["started_at"]):
+        raise BadRecord(f"started_at is no ISO 8601 time with a zone: {content['started_at']!r}")
+    steps, events = content["step_times_ms"], content["event_times_ms"] or []
+    if not all(_is_number(v) for v in [content["wall_s"], *steps, *events, *content["metrics"].values()]):
+        raise BadRecord("a time or a metric is no finite number")
+    if not all(isinstance(warning, str) for warning in content["warnings"]):
+        raise BadRecord("a warning is no text")
+    for name in ("device", "versions", "git"):
+        if not isinstance(content["environment"].get(name, {}), dict):
+            raise BadRecord(f"environment.{name} is a {type(content['environment'][name]).__name__}")
+    if content["outcome"] == Outcome.OK and not steps:
         raise BadRecord("the outcome is ok and there are no step times")
     known = {f.name for f in fields(Record)} - {"study"}
     values = {name: value for name, value in content.items() if name in known}
     values["outcome"] = Outcome(values["outcome"])
     return Record(**values, study={key: content[key] for key in STUDY_KEYS if key in content})
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return False
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def write(record: Record, folder: Path) -> Path:
@@ -163,14 +197,14 @@ def path(folder: Path, cell_id: str, sweep_id: str, index: int) -> Path:
 def write_json(file: Path, content: Any) -> None:
     """Write JSON atomically: a temporary file in the same folder, flushed to disk, renamed into place."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        with temporary.open("x", encoding="utf-8") as stream:
             json.dump(content, stream, indent=1, allow_nan=False)
             stream.write("\n")
             stream.flush()
             os.fsync(stream.fileno())
-        Path(temporary).replace(file)
+        temporary.replace(file)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from registry.tracking import Tracker
 
 T = TypeVar("T")
+REASON_LIMIT = 1000  # characters; the log beside the record has the rest
 CHILD_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -128,7 +129,7 @@ def run_cell(cell: Cell, index: int, session: Session) -> Record:
     else:
         answer = _ask_worker(cell, file.with_suffix(".log"), session)
     record.outcome = Outcome(answer.pop("outcome"))
-    record.reason, record.remedy = (_encodable(answer.pop(key, "")) for key in ("reason", "remedy"))
+    record.reason, record.remedy = (_sentence(answer.pop(key, "")) for key in ("reason", "remedy"))
     if record.outcome is Outcome.OK:
         fill(record, cell, answer)
     record.wall_s = round(time.monotonic() - clock, 3)
@@ -139,9 +140,10 @@ def run_cell(cell: Cell, index: int, session: Session) -> Record:
     return record
 
 
-def _encodable(text: str) -> str:
-    """`text` with lone surrogates (file names that are no UTF-8) spelt out: MLflow and a terminal take no others."""
-    return text.encode(errors="backslashreplace").decode()
+def _sentence(text: str) -> str:
+    """`text` as MLflow and a terminal take it: of bounded length, lone surrogates (of file names) spelt out."""
+    encodable = text.encode(errors="backslashreplace").decode()
+    return encodable if len(encodable) <= REASON_LIMIT else f"{encodable[:REASON_LIMIT]}..."
 
 
 def resolved(cell: Cell) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def prepare(arguments: Sequence[str]) -> None:
         args = get_args_parser().parse_args(list(arguments))
         composer = Composer(Catalog())
         if any(getattr(args, flag) for flag in ABOUT):
+            _check_about(args, composer)
             return
         _sweep = preflight(args, composer)
     except BadInput as error:
@@ -91,6 +92,20 @@ def prepare(arguments: Sequence[str]) -> None:
     if any(cell.config.dry_run for cell in _sweep.cells):
         tell_plan(_sweep.cells)
         sys.exit(0)
+
+
+def _check_about(args: argparse.Namespace, composer: Composer) -> None:
+    """Refuse what Hydra would answer with a traceback or with exit code 1.
+
+    Raises:
+        BadInput: An override is wrong, or flags exclude each other.
+    """
+    if args.shell_completion:  # of overrides that are not finished yet
+        return
+    if args.multirun and (args.cfg or args.info):
+        raise BadInput("--cfg and --info tell about one cell: leave out -m")
+    for job_overrides in composer.jobs(args.overrides, multirun=args.multirun):
+        composer.cell(job_overrides)
 
 
 def tell_plan(cells: Sequence[Cell]) -> None:

@@ -6,14 +6,16 @@ MLflow shows can always be rebuilt from the records by `rfloor import`.
 
 from __future__ import annotations
 
+import json
 import os
-import time
+import tempfile
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry import record as records
-from registry.outcome import Outcome
+from registry.outcome import Outcome, Refusal
 from registry.validate import SERVERS, redact
 
 if TYPE_CHECKING:
@@ -31,6 +33,29 @@ STATUS = {
 }
 """MLflow's run status for an outcome; every other one is FAILED."""
 PARAM_LIMIT = 6000  # characters of one parameter that MLflow's databases hold
+TAG_LIMIT = 8000
+NAME_LIMIT = 250
+VIEW = "rfloor"
+"""Key and name of the saved view that an experiment of ours has in MLflow's UI: the axes beside the figures,
+where the UI alone would show neither."""
+VIEW_COLUMNS = {
+    "params.quant.name": 90,
+    "params.attention.name": 110,
+    "params.execution.name": 110,
+    "metrics.median_tpot_ms": 120,
+    "metrics.r_floor": 80,
+    "metrics.mbu": 80,
+    "metrics.mbu_attainable": 120,
+    "metrics.tokens_per_s": 110,
+    "metrics.floor_ms": 80,
+    "metrics.peak_memory_gb": 130,
+    "tags.outcome": 100,
+    "params.protocol.context": 120,
+    "params.backend.name": 100,
+    "params.model.name": 110,
+    "params.gpu.name": 90,
+}
+"""Columns of the view in order, and their widths in pixels; a run's name begins with its model and GPU."""
 QUIET_CLIENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # no background thread beside a timed child
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is down is told in seconds, not in minutes
@@ -61,19 +86,48 @@ class Tracker:
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what fails is raised, and told once
         self.uri = config.uri
         self._client = _guard(MlflowClient, config.uri)
         self._experiment = _guard(self._find_experiment, config)
 
     def _find_experiment(self, config: TrackingConfig) -> str:
+        from mlflow.exceptions import MlflowException
+
         found = self._client.get_experiment_by_name(config.experiment)
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise TrackingDown(
+                f"the experiment {config.experiment!r} is deleted: name another with tracking.experiment=... or "
+                f"restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
+            )
         if found is not None:
             return str(found.experiment_id)
-        local = config.artifacts and not config.uri.startswith(SERVERS)
-        location = Path(config.artifacts or "").absolute().as_uri() if local else None
-        return str(self._client.create_experiment(config.experiment, artifact_location=location))
+        location = None
+        if config.artifacts and not config.uri.startswith(SERVERS):
+            folder = config.artifacts
+            location = folder if "://" in folder else Path(folder).absolute().as_uri()
+        try:
+            created = self._client.create_experiment(config.experiment, location, tags=_saved_view())
+        except MlflowException:  # another process was faster, or it is a real error that will come again
+            found = self._client.get_experiment_by_name(config.experiment)
+            if found is None:
+                raise
+            created = found.experiment_id
+        return str(created)
 
-    def open(self, record_id: str, label: str, config: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+    @property
+    def page(self) -> str:
+        """Where the UI shows the experiment's runs with rfloor's columns; follows the server's address."""
+        return f"/#/experiments/{self._experiment}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
+
+    def open(
+        self,
+        record_id: str,
+        label: str,
+        config: Mapping[str, Any],
+        tags: Mapping[str, str],
+        started_at: str | None = None,
+    ) -> str:
         """Start a run.
 
         Args:
@@ -81,6 +135,7 @@ class Tracker:
             label: The run's name.
             config: The resolved configuration: its leaves are the run's parameters.
             tags: What is known beforehand.
+            started_at: When its cell began, ISO 8601; now if it is not given.
 
         Returns:
             The run's id.
@@ -88,20 +143,37 @@ class Tracker:
         Raises:
             TrackingDown: See the class.
         """
-        from mlflow.entities import Param
-
         run = _guard(
             self._client.create_run,
             self._experiment,
-            run_name=label,
+            start_time=_milliseconds(started_at) if started_at else None,
+            run_name=label[:NAME_LIMIT],
             tags={RECORD_TAG: record_id, **tags},
         )
-        params = [Param(key, value[:PARAM_LIMIT]) for key, value in flatten(config)]
-        _guard(self._client.log_batch, run.info.run_id, params=params)
+        self.log_params(run.info.run_id, config)
         return str(run.info.run_id)
+
+    def log_params(self, run_id: str, config: Mapping[str, Any]) -> None:
+        """Log the leaves of a configuration; those that the run has already stay as they are.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        from mlflow.entities import Param
+
+        leaves = dict(flatten(config))
+        params = [
+            Param(key, value[:PARAM_LIMIT])
+            for key, value in leaves.items()
+            # Of the parameters that differ the UI compares three unasked; a plugin under its own name is no news.
+            if not (key.endswith(".plugin") and value == leaves.get(f"{key.removesuffix('plugin')}name"))
+        ]
+        _guard(self._client.log_batch, run_id, params=params)
 
     def close(self, run_id: str, record: Record, files: Mapping[str, Path]) -> None:
         """Log a record's results into its run and end it.
+
+        Everything logged is dated by the record, so that logging it again adds nothing.
 
         Args:
             run_id: Of `open`.
@@ -113,9 +185,9 @@ class Tracker:
         """
         from mlflow.entities import Metric, RunTag
 
-        now = int(time.time() * 1000)
-        metrics = [Metric(name, float(value), now, 0) for name, value in record.metrics.items()]
-        metrics += [Metric("step_time_ms", float(t), now, i) for i, t in enumerate(record.step_times_ms)]
+        end = _milliseconds(record.started_at) + round(record.wall_s * 1000)
+        metrics = [Metric(name, float(value), end, 0) for name, value in record.metrics.items()]
+        metrics += [Metric("step_time_ms", float(t), end, i) for i, t in enumerate(record.step_times_ms)]
         _guard(
             self._client.log_batch,
             run_id,
@@ -126,10 +198,15 @@ class Tracker:
             if file.exists():
                 _guard(self._log_artifact, run_id, name, file)
         _guard(self._client.log_dict, run_id, record.config, "config.yaml")
-        _guard(self._client.set_terminated, run_id, status=STATUS.get(record.outcome, "FAILED"))
+        status = STATUS.get(record.outcome, "FAILED")
+        _guard(self._client.set_terminated, run_id, status=status, end_time=end)
 
     def _log_artifact(self, run_id: str, name: str, file: Path) -> None:
-        self._client.log_text(run_id, file.read_text(encoding="utf-8", errors="replace"), name)
+        """Log a file under another name, byte by byte and however large."""
+        with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
+            link = Path(folder, name)
+            link.symlink_to(file.absolute())
+            self._client.log_artifact(run_id, str(link))
 
     def known(self) -> dict[str, tuple[str, bool]]:
         """Every run of the experiment by its record: run id, and whether it is complete."""
@@ -159,7 +236,9 @@ def tags(record: Record) -> dict[str, str]:
     found = {
         "outcome": record.outcome.value,
         "reason": record.reason,
+        "remedy": record.remedy,
         "warnings": "; ".join(record.warnings),
+        "mlflow.note.content": _description(record),
         "cell_id": record.cell_id,
         "sweep_id": record.sweep_id,
         "gpu_name": device.get("name", ""),
@@ -167,7 +246,29 @@ def tags(record: Record) -> dict[str, str]:
         "git_commit": git.get("commit", ""),
         **{f"version.{name}": version for name, version in environment.get("versions", {}).items()},
     }
-    return {key: str(value) for key, value in found.items() if value}
+    return {key: str(value)[:TAG_LIMIT] for key, value in found.items() if value}
+
+
+def _description(record: Record) -> str:
+    """What the UI shows as a run's description: why it was not measured, or what weakens it."""
+    why = [f"**{record.outcome.value}**: {Refusal(record.outcome, record.reason, record.remedy)}"]
+    return "\n".join([*(why if record.reason else []), *(f"- {warning}" for warning in record.warnings)])
+
+
+def _saved_view() -> dict[str, str]:
+    """The tag that MLflow's UI would write if somebody chose the columns and saved them as a view."""
+    widths = {f"{column.replace('.', '.`', 1)}`": width for column, width in VIEW_COLUMNS.items()}
+    state = {
+        "selectedColumns": [*widths],
+        "columnOrder": ["attributes.`Run Name`", "runDateAndNestInfo", *widths],
+        "columnWidths": widths,
+    }
+    view = {"name": VIEW, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)}
+    return {f"mlflow.sharedViewState.{VIEW}": json.dumps(view)}
+
+
+def _milliseconds(moment: str) -> int:
+    return round(datetime.fromisoformat(moment).timestamp() * 1000)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -213,8 +314,10 @@ def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], 
             counts["present"] += 1
             continue
         counts["completed" if run_id else "imported"] += 1
-        if not run_id:
-            run_id = tracker.open(record.record_id, record.label, record.config, tags(record))
+        if run_id:
+            tracker.log_params(run_id, record.config)
+        else:
+            run_id = tracker.open(record.record_id, record.label, record.config, tags(record), record.started_at)
         tracker.close(run_id, record, artifacts(file))
         known[record.record_id] = (run_id, True)
     return counts, problems

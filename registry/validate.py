@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from registry.outcome import BadInput, nearest
@@ -18,9 +21,14 @@ EXECUTIONS = ("eager", "cuda_graph")
 CACHES = ("dynamic", "static")
 MODEL_TYPES = ("qwen2", "llama", "mistral")
 """The Llama-shaped families whose tensors rfloor knows by name."""
+BIASES = {"qwen2": True, "llama": False, "mistral": False}
+"""Whether a family's q, k and v projections have biases. transformers can give a llama some, but then gives
+its output projection one too, which is another architecture and another number of parameters."""
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVERS = ("http", "https")
 SQLITE_MAGIC = b"SQLite format 3\x00"
+LARGEST = 2**63 - 1
+"""Of any whole number: what a 64-bit register holds."""
 
 
 def validate(config: Config) -> None:
@@ -29,7 +37,10 @@ def validate(config: Config) -> None:
     Raises:
         BadInput: Every problem found, in one message.
     """
-    problems = [*_model(config), *_protocol(config), *_choices(config), *_tracking(config.tracking)]
+    problems = [*_numbers(dataclasses.asdict(config))]
+    if not problems:  # what is no number lies in no range
+        problems += [*_model(config), *_gpu(config.gpu), *_protocol(config), *_choices(config)]
+    problems += _tracking(config.tracking)
     if problems:
         raise BadInput("; ".join(problems))
 
@@ -38,17 +49,30 @@ def validate_profile(gpu: GpuConfig) -> None:
     """Refuse a GPU profile that no floor can be computed from.
 
     Raises:
-        BadInput: It has no bandwidth, or one that is not positive.
+        BadInput: It has no bandwidth, or a number that is not positive.
     """
-    if gpu.measure_bandwidth:
-        return
-    if gpu.peak_bandwidth_gbs is None:
-        raise BadInput(
+    problems = [*_numbers({"gpu": dataclasses.asdict(gpu)})] or [*_gpu(gpu)]
+    if gpu.peak_bandwidth_gbs is None and not gpu.measure_bandwidth:
+        problems.append(
             f"the GPU profile {gpu.name!r} has no bandwidth: give gpu.peak_bandwidth_gbs=... (GB/s, from its spec "
             "sheet) or gpu.measure_bandwidth=true"
         )
-    if gpu.peak_bandwidth_gbs <= 0:
-        raise BadInput(f"gpu.peak_bandwidth_gbs={gpu.peak_bandwidth_gbs}: a bandwidth is positive")
+    if problems:
+        raise BadInput("; ".join(problems))
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[str]:
+    """Numbers that no JSON file or no 64-bit register holds, wherever they stand."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _numbers(inner, f"{key}.{place}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{key}={value}: a finite number"
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        yield f"{key}: a whole number of at most {LARGEST}"
 
 
 def _model(config: Config) -> Iterator[str]:
@@ -58,10 +82,22 @@ def _model(config: Config) -> Iterator[str]:
             yield f"model.{name}={getattr(m, name)}: at least 1"
     if m.kv_heads > 0 and m.q_heads % m.kv_heads:
         yield f"model.kv_heads={m.kv_heads} does not divide model.q_heads={m.q_heads}"
+    if m.head_dim % 2:
+        yield f"model.head_dim={m.head_dim}: a rotary embedding turns pairs, so it is even"
+    for name in ("rope_theta", "rms_norm_eps"):
+        if getattr(m, name) <= 0:
+            yield f"model.{name}={getattr(m, name)}: more than 0"
     if m.model_type not in MODEL_TYPES:
         yield f"model.model_type={m.model_type}: {nearest(m.model_type, MODEL_TYPES)}"
-    if (m.model_type == "qwen2" and not m.qkv_bias) or (m.model_type == "mistral" and m.qkv_bias):
+    elif m.qkv_bias is not BIASES[m.model_type]:
         yield f"model.qkv_bias={m.qkv_bias}: a {m.model_type} has {'no ' if m.qkv_bias else ''}biases on q, k and v"
+
+
+def _gpu(gpu: GpuConfig) -> Iterator[str]:
+    for name in ("peak_bandwidth_gbs", "memory_gb", "price_usd_per_hour"):
+        value = getattr(gpu, name)
+        if value is not None and value <= 0:
+            yield f"gpu.{name}={value}: more than 0, or null where it is not known"
 
 
 def _protocol(config: Config) -> Iterator[str]:
@@ -93,39 +129,82 @@ def _choices(config: Config) -> Iterator[str]:
             yield f"quant.{name}={getattr(config.quant, name)}: more than 0 and at most 32"
     if not config.records:
         yield "records is empty: name a folder"
-    elif Path(config.records).exists() and not Path(config.records).is_dir():
-        yield f"records={config.records} is no folder"
+    else:
+        yield from _folder("records", config.records)
+
+
+def _folder(key: str, name: str) -> Iterator[str]:
+    """Why nothing can be written into a folder that may have to be made."""
+    try:
+        there = Path(name)
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            yield f"{key}={name}: {there} is no folder"
+        elif not os.access(there, os.W_OK):
+            yield f"{key}={name} cannot be written"
+    except (OSError, ValueError) as error:
+        yield f"{key}={name}: {error}"
 
 
 def _tracking(tracking: TrackingConfig) -> Iterator[str]:
+    uri = redact(tracking.uri)
     scheme = re.split(r"[+:]", tracking.uri, maxsplit=1)[0] if "://" in tracking.uri else ""
     if scheme not in (*DATABASES, *SERVERS):
         yield (
-            f"tracking.uri={redact(tracking.uri)}: MLflow is reached by "
+            f"tracking.uri={uri}: MLflow is reached by "
             f"{', '.join(f'{s}://' for s in (*DATABASES, *SERVERS))}; did you mean sqlite:///mlflow.db?"
         )
     elif scheme == "sqlite":
-        yield from _sqlite(Path(tracking.uri.partition(":///")[2]), tracking.uri)
-    elif not urlsplit(tracking.uri).netloc:
-        yield f"tracking.uri={redact(tracking.uri)} names no host"
+        yield from _sqlite(tracking.uri.partition(":///")[2].partition("?")[0], uri)
+    else:
+        yield from _address(tracking.uri, scheme in SERVERS)
+    if not tracking.experiment.strip():
+        yield "tracking.experiment is empty: name one"
+    if tracking.artifacts and "://" not in tracking.artifacts:
+        yield from _folder("tracking.artifacts", tracking.artifacts)
 
 
-def _sqlite(file: Path, uri: str) -> Iterator[str]:
-    import os
+def _address(uri: str, server: bool) -> Iterator[str]:
+    told = f"tracking.uri={redact(uri)}"
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        yield f"{told} is no address; a password's / @ : # ? are written %2F %40 %3A %23 %3F"
+        return
+    if server and not host:
+        yield f"{told} names no host"
+    elif not server and not parts.netloc and not parts.path.strip("/"):
+        yield f"{told} names no database"
+    elif port == 0:
+        yield f"{told}: no server listens on port 0"
+    elif server and (parts.query or parts.fragment):
+        yield f"{told}: a server's address ends before its ? or #"
 
-    parent = file.parent
-    if not file.name or file.is_dir():
-        yield f"tracking.uri={uri} names no file"
-    elif not parent.is_dir():
-        yield f"tracking.uri={uri}: there is no folder {parent}"
-    elif not os.access(file if file.exists() else parent, os.W_OK):
-        yield f"tracking.uri={uri} cannot be written"
-    elif file.exists() and file.stat().st_size:
-        with file.open("rb") as stream:
-            if stream.read(len(SQLITE_MAGIC)) != SQLITE_MAGIC:
-                yield f"tracking.uri={uri}: {file} is no SQLite database"
+
+def _sqlite(name: str, uri: str) -> Iterator[str]:
+    told, file = f"tracking.uri={uri}", Path(name)
+    try:
+        if not file.name or name == ":memory:" or file.is_dir():
+            yield f"{told} names no file"
+        elif not file.parent.is_dir():
+            yield f"{told}: there is no folder {file.parent}"
+        # SQLite keeps its journal beside the database, so the folder has to be writable too.
+        elif not all(os.access(place, os.W_OK) for place in (file, file.parent) if place.exists()):
+            yield f"{told} cannot be written"
+        elif file.exists() and file.stat().st_size:
+            with file.open("rb") as stream:
+                if stream.read(len(SQLITE_MAGIC)) != SQLITE_MAGIC:
+                    yield f"{told}: {file} is no SQLite database"
+    except (OSError, ValueError) as error:
+        yield f"{told}: {error}"
 
 
-def redact(uri: str) -> str:
-    """`uri` without the password or token in it."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
+def redact(text: str) -> str:
+    """`text` without the passwords and tokens of the addresses in it.
+
+    What stands before the last @ of an address goes, whether or not its slashes are escaped.
+    """
+    text = re.sub(r"//\S*@", "//***@", text)
+    return re.sub(r"([?&][^=&\s]*(?:pass|pwd|token|secret|key)[^=&\s]*=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)

@@ -1,0 +1,128 @@
+"""Backends that misbehave on purpose, each in one way.
+
+The tests put this folder on PYTHONPATH, where the entry points beside this file are found as those of an
+installed distribution; a worker inherits the path.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from backends.hf import HfBackend
+from backends.quant.none import NoQuant
+from registry.api import Backend, Requirement, Setup, unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NOISE = 5_000_000
+HANGING = "hanging now"
+ODD_WORDS = f"[/no/tag] [red]text[/] \udcff {'on and on ' * 2000}\nthe second line"
+"""Looks like rich's markup, cannot be encoded, is longer than anyone reads, and is two lines."""
+
+
+class InLoad(Backend):
+    """Gets no further than `load`, and so needs no model."""
+
+    def never(self, *_: Any) -> Any:
+        raise AssertionError("load has to misbehave")
+
+    prefill = decode_step = seek = position = bytes_per_step = weights = dequantized = never
+
+    def close(self) -> None:
+        pass
+
+
+class Raises(InLoad):
+    def load(self, capacity: int) -> None:
+        raise ValueError(f"broken on purpose {ODD_WORDS}")
+
+
+class Refuses(InLoad):
+    def load(self, capacity: int) -> None:
+        raise unsupported("the model has too few layers", "Use one with more")
+
+
+class Exhausts(InLoad):
+    def load(self, capacity: int) -> None:
+        import torch
+
+        torch.empty(1 << 50, dtype=torch.uint8, device=self.setup.device)
+
+
+class Killed(InLoad):
+    """As the kernel's out-of-memory killer does it; the process that it started lives on."""
+
+    def load(self, capacity: int) -> None:
+        subprocess.Popen(["sleep", "600"])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Segfaults(InLoad):
+    def load(self, capacity: int) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class Leaves(InLoad):
+    """Ends as if all were well, with a long last line."""
+
+    def load(self, capacity: int) -> None:
+        print("last words " * 1000, flush=True)
+        os._exit(0)
+
+
+class Hangs(InLoad):
+    """Deaf to polite signals, and not alone."""
+
+    def load(self, capacity: int) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        subprocess.Popen(["sleep", "600"])
+        hang()
+
+
+class HangsInStep(HfBackend):
+    """Passes the check on a two-layer cut, and hangs in a measured step of the whole model."""
+
+    steps = 0
+
+    def decode_step(self, token: Tensor) -> Tensor:
+        self.steps += 1
+        if self.setup.architecture.layers > 2 and self.steps == 10:
+            hang()
+        return super().decode_step(token)
+
+
+def hang() -> None:
+    print(HANGING, flush=True)
+    while True:
+        time.sleep(600)
+
+
+class Needs(HfBackend):
+    requires = (Requirement("no-such-package-anywhere>=2", "pip install no-such-package-anywhere"),)
+
+
+class OtherWeights(NoQuant):
+    """Multiplies with other weights than it says it holds."""
+
+    def dequantize(self, module: Any) -> Tensor:
+        return super().dequantize(module).roll(1, 0)
+
+
+class Wrong(HfBackend):
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(replace(setup, linear=OtherWeights(None)))
+
+
+class Noisy(HfBackend):
+    """Prints more than a pipe holds, and is right nevertheless."""
+
+    def load(self, capacity: int) -> None:
+        print("x" * NOISE, flush=True)
+        super().load(capacity)

@@ -1,0 +1,642 @@
+"""Records to MLflow, against real SQLite stores: what a run holds, and that nothing is logged twice or lost."""
+
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from test_record import made_up_cell, made_up_record
+
+from registry import cli, tracking
+from registry import record as records
+from registry.compose import Composer
+from registry.outcome import Outcome, Refusal
+from registry.plan import Cell
+from registry.record import Record
+from registry.run import Session, resolved, run_cell
+from registry.schema import TrackingConfig
+from registry.tracking import Tracker, TrackingDown, artifacts, import_records
+
+# sqlalchemy about what MLflow does
+pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
+
+ROOT = Path(__file__).parent.parent
+METRICS = [
+    "step_time_ms",
+    "median_tpot_ms",
+    "mean_tpot_ms",
+    "p90_tpot_ms",
+    "p99_tpot_ms",
+    "std_tpot_ms",
+    "event_median_tpot_ms",
+    "ttft_ms",
+    "tokens_per_s",
+    "r_floor",
+    "floor_ms",
+    "mbu",
+    "mbu_attainable",
+    "weight_bytes",
+    "kv_bytes",
+    "streamed_bytes",
+    "peak_memory_gb",
+    "decode_peak_memory_gb",
+    "usd_per_mtok",
+    "logit_cosine",
+    "top1_agreement",
+]
+STATUS = {
+    Outcome.OK: "FINISHED",
+    Outcome.OOM: "FINISHED",
+    Outcome.UNSUPPORTED: "FINISHED",
+    Outcome.INTERRUPTED: "KILLED",
+    Outcome.MISSING_DEPENDENCY: "FAILED",
+    Outcome.INCORRECT: "FAILED",
+    Outcome.TIMEOUT: "FAILED",
+    Outcome.CRASH: "FAILED",
+}
+
+
+class Store:
+    """One MLflow database of our own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = TrackingConfig("local", f"sqlite:///{folder}/mlflow.db", "rfloor", str(folder / "mlartifacts"))
+
+    @functools.cached_property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.config.uri)
+
+    def runs(self) -> list[Run]:
+        experiment = self.client.get_experiment_by_name("rfloor")
+        return list(self.client.search_runs([experiment.experiment_id])) if experiment else []
+
+    def series(self, run: Run, name: str) -> list[tuple[int, float]]:
+        return [(point.step, point.value) for point in self.client.get_metric_history(run.info.run_id, name)]
+
+    def artifact(self, run: Run, name: str) -> bytes:
+        return Path(self.client.download_artifacts(run.info.run_id, name)).read_bytes()
+
+    def everything(self) -> list[Any]:
+        """All that can be seen of every run."""
+        return [
+            (
+                run.to_dictionary(),
+                {name: self.series(run, name) for name in run.data.metrics},
+                {file.path: file.file_size for file in self.client.list_artifacts(run.info.run_id)},
+            )
+            for run in self.runs()
+        ]
+
+
+@functools.cache
+def prepared_database(folder: Path) -> Path:
+    """A database with MLflow's tables, which take seconds to make."""
+    MlflowClient(f"sqlite:///{folder}/template.db").get_experiment_by_name("rfloor")
+    return folder / "template.db"
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared_database(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(autouse=True)
+def client_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings that a tracker makes in the environment do not outlive the test."""
+    for name, value in tracking.QUIET_CLIENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def store(template: Path, tmp_path: Path) -> Store:
+    shutil.copy(template, tmp_path / "mlflow.db")
+    return Store(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where records lie."""
+    made = tmp_path / "records"
+    made.mkdir()
+    return made
+
+
+@pytest.fixture
+def cell(composer: Composer) -> Cell:
+    return made_up_cell(composer)
+
+
+def keep(folder: Path, record: Record, log: bytes = b"loading\n") -> Path:
+    """Write a record and its log, as a cell does."""
+    file = records.write(record, folder)
+    file.with_suffix(".log").write_bytes(log)
+    return file
+
+
+def log(store: Store, record: Record, files: Mapping[str, Path] | None = None) -> Run:
+    tracker = Tracker(store.config)
+    run_id = tracker.open(record.record_id, record.label, record.config, {})
+    tracker.close(run_id, record, files or {})
+    return store.client.get_run(run_id)
+
+
+# One run
+
+
+def test_a_run_holds_all_of_a_measured_cell(store: Store, folder: Path, cell: Cell) -> None:
+    record = made_up_record(cell, warnings=["unsteady: a", "throttled: b"])
+    file = keep(folder, record)
+    tracker = Tracker(store.config)
+
+    run_id = tracker.open(record.record_id, record.label, record.config, {"cell_id": record.cell_id})
+    opened = store.client.get_run(run_id)
+    assert (opened.info.status, opened.info.run_name) == ("RUNNING", record.label)
+    assert opened.data.tags["cell_id"] == record.cell_id
+    assert opened.data.params["quant.name"] == "nf4"
+    assert opened.data.metrics == {}
+
+    tracker.close(run_id, record, artifacts(file))
+    [run] = store.runs()
+    assert run.info.status == "FINISHED"
+    assert set(METRICS) <= set(run.data.metrics)
+    assert run.data.metrics == pytest.approx(record.metrics | {"step_time_ms": 2.1})
+    assert store.series(run, "step_time_ms") == [(0, 1.9), (1, 2.0), (2, 2.1)]
+    assert store.series(run, "r_floor") == [(0, pytest.approx(0.672576))]
+
+    leaves = dict(tracking.flatten(record.config))
+    assert leaves["protocol.context"] == "100"
+    left_out = {"backend.plugin", "quant.plugin", "attention.plugin"}  # each is called what its option is called
+    assert run.data.params == {key: value for key, value in leaves.items() if key not in left_out}
+
+    shown = {key: value for key, value in run.data.tags.items() if key != "mlflow.runName"}
+    assert shown == {
+        "rfloor.record_id": "00c0ffee",
+        "outcome": "ok",
+        "warnings": "unsteady: a; throttled: b",
+        "mlflow.note.content": "- unsteady: a\n- throttled: b",
+        "cell_id": "0123456789abcdef",
+        "sweep_id": "20260701-101010-abcd",
+        "gpu_name": "NVIDIA L4",
+        "driver": "570.86.15",
+        "git_commit": "c0ffee",
+        "version.torch": "2.13.0",
+    }
+    assert {f.path for f in store.client.list_artifacts(run_id)} == {"cell.json", "worker.log", "config.yaml"}
+    assert store.artifact(run, "cell.json") == file.read_bytes()
+    assert store.artifact(run, "worker.log") == b"loading\n"
+    assert yaml.safe_load(store.artifact(run, "config.yaml")) == json.loads(json.dumps(record.config))
+    assert (store.folder / "mlartifacts").is_dir()
+
+
+def test_a_plugin_under_another_name_is_a_parameter(store: Store) -> None:
+    config = {"attention": {"name": "sdpa-math", "plugin": "sdpa", "options": {}}, "quant": {"plugin": "nf4"}}
+    run = log(store, made_up_record(config=config))
+    assert run.data.params == {"attention.name": "sdpa-math", "attention.plugin": "sdpa", "quant.plugin": "nf4"}
+
+
+@pytest.fixture(scope="module")
+def shared(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """One store for tests that look at their own run alone."""
+    folder = tmp_path_factory.mktemp("shared")
+    shutil.copy(template, folder / "mlflow.db")
+    return Store(folder)
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_an_outcome_is_a_run_s_status_and_its_reason_a_tag(shared: Store, outcome: Outcome) -> None:
+    run = log(shared, made_up_record(record_id=outcome.value, outcome=outcome))
+    assert run.info.status == STATUS[outcome]
+    assert run.data.tags["outcome"] == outcome.value
+    assert (run.data.tags["reason"], run.data.tags["remedy"]) == ("no such kernel", "use another")
+    assert run.data.tags["mlflow.note.content"] == f"**{outcome.value}**: no such kernel. use another"
+    assert run.data.metrics == {}
+
+
+def test_a_run_has_the_times_of_its_record(shared: Store) -> None:
+    """Logged at once or months later: MLflow shows when the cell was measured, and for how long."""
+    record = made_up_record()
+    tracker = Tracker(shared.config)
+    run_id = tracker.open(record.record_id, record.label, record.config, {}, record.started_at)
+    tracker.close(run_id, record, {})
+    info = shared.client.get_run(run_id).info
+    assert (info.start_time, info.end_time) == (1_782_900_610_250, 1_782_900_641_750)
+
+
+def test_a_large_log_that_is_no_text_is_kept_byte_by_byte(shared: Store, folder: Path) -> None:
+    log_bytes = b"\xff\xfe\x00 50%\r\xe2\x82" + b"a line of a long log\n" * 400_000
+    file = keep(folder, made_up_record(), log_bytes)
+    run = log(shared, made_up_record(), artifacts(file))
+    assert len(log_bytes) > 8_000_000
+    assert shared.artifact(run, "worker.log") == log_bytes
+
+
+def test_a_cell_without_a_worker_has_no_log(shared: Store, folder: Path) -> None:
+    file = records.write(made_up_record(), folder)
+    run = log(shared, made_up_record(), artifacts(file))
+    assert {f.path for f in shared.client.list_artifacts(run.info.run_id)} == {"cell.json", "config.yaml"}
+
+
+def test_what_is_longer_than_mlflow_takes_is_cut(shared: Store, cell: Cell) -> None:
+    steps = [float(i) for i in range(2500)]  # a batch holds 1000 metrics, 100 parameters
+    record = made_up_record(
+        cell,
+        step_times_ms=steps,
+        label="l" * 300,
+        reason="r" * 9000,
+        config={"many": {f"key{i}": i for i in range(250)}, "long": "v" * 7000},
+    )
+    run = log(shared, record)
+    assert shared.series(run, "step_time_ms") == list(enumerate(steps))
+    assert len(run.data.params) == 251
+    assert run.data.params["long"] == "v" * 6000
+    assert run.data.tags["reason"] == "r" * 8000
+    assert run.info.run_name == "l" * 250
+
+
+@pytest.mark.parametrize(
+    ("config", "leaves"),
+    [
+        ({}, {}),
+        ({"a": {"b": {"c": 1}}, "d": 2.5}, {"a.b.c": "1", "d": "2.5"}),
+        ({"a": None, "b": [], "c": {}, "d": {"e": None}}, {}),
+        ({"a": [1, "x"], "b": False, "c": 0, "d": ""}, {"a": "[1, 'x']", "b": "False", "c": "0", "d": ""}),
+    ],
+)
+def test_flatten(config: dict[str, Any], leaves: dict[str, str]) -> None:
+    assert dict(tracking.flatten(config)) == leaves
+
+
+def test_no_secret_of_the_configuration_is_a_parameter(composer: Composer) -> None:
+    cell = made_up_cell(composer, "tracking.uri='http://user:hunter2@host'")
+    assert cell.config.tracking.uri == "http://user:hunter2@host"
+    assert "hunter2" not in json.dumps(resolved(cell))
+
+
+# The experiment
+
+
+def test_an_experiment_is_made_once_with_columns_for_the_ui(store: Store) -> None:
+    Tracker(store.config)
+    tracker = Tracker(store.config)
+    experiment = store.client.get_experiment_by_name("rfloor")
+    assert experiment.artifact_location == (store.folder / "mlartifacts").as_uri()
+    view = json.loads(experiment.tags["mlflow.sharedViewState.rfloor"])
+    columns = json.loads(view["state"])["selectedColumns"]
+    assert {"params.`quant.name`", "metrics.`r_floor`", "metrics.`median_tpot_ms`", "tags.`outcome`"} <= set(columns)
+    assert tracker.page.startswith(f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=rfloor")
+
+
+def test_every_column_of_the_view_is_something_that_is_logged(store: Store, cell: Cell) -> None:
+    run = log(store, made_up_record(cell))
+    kinds = {"params": run.data.params, "metrics": run.data.metrics, "tags": run.data.tags}
+    logged = {f"{kind}.{name}" for kind, names in kinds.items() for name in names}
+    assert set(tracking.VIEW_COLUMNS) <= logged
+
+
+@pytest.mark.parametrize(
+    ("folder", "location"),
+    [(None, "mlruns"), ("s3://bucket/runs", "s3://bucket/runs"), ("relative", "/relative")],
+)
+def test_where_artifacts_go(store: Store, monkeypatch: pytest.MonkeyPatch, folder: str | None, location: str) -> None:
+    monkeypatch.chdir(store.folder)
+    store.config.artifacts = folder
+    Tracker(store.config)
+    assert location in store.client.get_experiment_by_name("rfloor").artifact_location
+
+
+def test_two_sweeps_that_make_the_experiment_at_once_share_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    Tracker(store.config)
+    look, looked = MlflowClient.get_experiment_by_name, []
+
+    def too_early(self: MlflowClient, name: str) -> Any:
+        looked.append(name)
+        return None if len(looked) == 1 else look(self, name)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", too_early)
+    log(store, made_up_record())
+    assert len(looked) == 2
+    monkeypatch.undo()
+    assert len(store.runs()) == 1
+
+
+def test_a_deleted_experiment_is_told_with_what_would_help(store: Store) -> None:
+    Tracker(store.config)
+    number = store.client.get_experiment_by_name("rfloor").experiment_id
+    store.client.delete_experiment(number)
+    with pytest.raises(TrackingDown, match=f"'rfloor' is deleted: .*restore --experiment-id {number}"):
+        Tracker(store.config)
+
+
+# Import
+
+
+def test_import_logs_each_record_once(store: Store, folder: Path, cell: Cell) -> None:
+    for index in range(3):
+        keep(folder, made_up_record(cell, record_id=f"r{index}", index=index))
+    keep(folder / "deeper" / "down", made_up_record(record_id="r3", index=3))
+    assert import_records(folder, store.config) == (Counter(imported=4), [])
+    first = store.everything()
+    assert sorted(run["data"]["tags"]["rfloor.record_id"] for run, *_ in first) == ["r0", "r1", "r2", "r3"]
+    for _ in range(2):
+        assert import_records(folder, store.config) == (Counter(present=4), [])
+        assert store.everything() == first
+
+
+def test_a_record_that_lies_in_two_places_is_logged_once(store: Store, folder: Path) -> None:
+    keep(folder / "here", made_up_record())
+    keep(folder / "there", made_up_record())
+    assert import_records(folder, store.config) == (Counter(imported=1, present=1), [])
+
+
+def test_a_record_logged_by_its_sweep_is_present(store: Store, folder: Path, cell: Cell) -> None:
+    record = made_up_record(cell)
+    log(store, record, artifacts(keep(folder, record)))
+    before = store.everything()
+    assert import_records(folder, store.config) == (Counter(present=1), [])
+    assert store.everything() == before
+
+
+@pytest.mark.parametrize("reached", ["create_run", "log_batch", "log_artifact", "log_dict"])
+def test_import_completes_a_run_that_was_cut_off(
+    store: Store, folder: Path, cell: Cell, monkeypatch: pytest.MonkeyPatch, reached: str
+) -> None:
+    """However far its sweep came, and without a second point a step."""
+    record = made_up_record(cell)
+    file = keep(folder, record)
+    after, real = {"create_run": 0, "log_batch": 1, "log_artifact": 0, "log_dict": 0}[reached], []
+    name = "log_batch" if reached == "create_run" else reached
+    call = getattr(MlflowClient, name)
+
+    def cut_off(*arguments: Any, **keywords: Any) -> Any:
+        if len(real) == after:
+            if reached != "create_run" and reached != "log_batch":
+                call(*arguments, **keywords)
+            raise ConnectionError("gone")
+        real.append(name)
+        return call(*arguments, **keywords)
+
+    monkeypatch.setattr(MlflowClient, name, cut_off)
+    with pytest.raises(TrackingDown, match="gone"):
+        log(store, record, artifacts(file))
+    monkeypatch.undo()
+    [run] = store.runs()
+    assert run.info.status == "RUNNING"
+
+    assert import_records(folder, store.config) == (Counter(completed=1), [])
+    [whole] = store.runs()
+    assert whole.info.run_id == run.info.run_id
+    assert whole.info.status == "FINISHED"
+    assert set(METRICS) <= set(whole.data.metrics)
+    assert whole.data.params["protocol.context"] == "100"
+    assert store.series(whole, "step_time_ms") == [(0, 1.9), (1, 2.0), (2, 2.1)]
+    assert {f.path for f in store.client.list_artifacts(run.info.run_id)} == {
+        *("cell.json", "worker.log", "config.yaml")
+    }
+    assert import_records(folder, store.config) == (Counter(present=1), [])
+
+
+def test_what_is_no_record_is_told_and_the_rest_imported(store: Store, folder: Path) -> None:
+    keep(folder, made_up_record())
+    (folder / "a.json").write_text("{}")
+    (folder / "b.json").write_text("[1, 2")
+    (folder / "c.json").mkdir()
+    (folder / "notes.txt").write_text("no record, and not asked")
+    counts, problems = import_records(folder, store.config)
+    assert counts == Counter(imported=1)
+    assert [problem.partition(": ")[0] for problem in problems] == [str(folder / f"{name}.json") for name in "abc"]
+    assert all(problem.partition(": ")[2] for problem in problems)
+
+
+def test_runs_of_others_in_the_experiment_are_left_alone(store: Store, folder: Path) -> None:
+    Tracker(store.config)
+    experiment = store.client.get_experiment_by_name("rfloor").experiment_id
+    run_id = store.client.create_run(experiment, run_name="theirs").info.run_id
+    theirs = store.client.get_run(run_id).to_dictionary()
+    keep(folder, made_up_record())
+    assert import_records(folder, store.config) == (Counter(imported=1), [])
+    assert store.client.get_run(run_id).to_dictionary() == theirs
+
+
+def test_import_finds_its_runs_beyond_one_page(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(5):
+        keep(folder, made_up_record(record_id=f"r{index}", index=index))
+    assert import_records(folder, store.config)[0] == Counter(imported=5)
+    search = MlflowClient.search_runs
+
+    def small_pages(self: MlflowClient, experiments: list[str], **keywords: Any) -> Any:
+        return search(self, experiments, **(keywords | {"max_results": 2}))
+
+    monkeypatch.setattr(MlflowClient, "search_runs", small_pages)
+    assert import_records(folder, store.config)[0] == Counter(present=5)
+
+
+# The command
+
+
+def rfloor_import(store: Store, folder: Path, *overrides: str) -> int:
+    where = (f"tracking.uri={store.config.uri}", f"tracking.artifacts={store.config.artifacts}")
+    return cli.main(["import", str(folder), *where, *overrides])
+
+
+def test_rfloor_import(store: Store, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(folder, made_up_record())
+    assert rfloor_import(store, folder) == 0
+    assert rfloor_import(store, folder) == 0
+    assert capsys.readouterr() == (
+        "1 imported, 0 completed, 0 present\n0 imported, 0 completed, 1 present\n",
+        "",
+    )
+    assert len(store.runs()) == 1
+
+
+def test_rfloor_import_exits_with_1_for_what_is_no_record(
+    store: Store, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(folder, made_up_record())
+    (folder / "bad.json").write_text("{}")
+    assert rfloor_import(store, folder) == 1
+    out, err = capsys.readouterr()
+    assert out == "1 imported, 0 completed, 0 present\n"
+    assert err == f"rfloor: no record: {folder / 'bad.json'}: schema version None, this rfloor reads 1\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["tracking.urn=x"], "tracking.urn"),
+        (["tracking=lokal"], "did you mean local?"),
+        (["tracking.uri=ftp://me:hunter2@host"], "ftp://***@host"),
+        (["tracking.experiment=''"], "tracking.experiment is empty"),
+    ],
+)
+def test_rfloor_import_exits_with_2_for_bad_input(
+    store: Store, folder: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], told: str
+) -> None:
+    keep(folder, made_up_record())
+    assert rfloor_import(store, folder, *overrides) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rfloor: ")
+    assert told in err
+    assert "hunter2" not in err
+    assert store.runs() == []
+
+
+def test_rfloor_import_exits_with_2_without_a_folder(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rfloor_import(store, store.folder / "missing") == 2
+    assert capsys.readouterr().err == f"rfloor: {store.folder / 'missing'} is no folder\n"
+
+
+# A server that is down
+
+
+@pytest.fixture
+def dead_server() -> Iterator[str]:
+    """An address at which nothing listens, and nothing else will while the test runs."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+def test_a_server_that_is_down_is_told_within_seconds(dead_server: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(TrackingDown, match="Connection refused"):
+        Tracker(TrackingConfig("server", dead_server, "rfloor"))
+    assert time.monotonic() - start < 30  # MLflow's own patience is minutes
+
+
+def test_rfloor_import_exits_with_1_when_the_server_is_down(
+    dead_server: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    keep(folder, made_up_record())
+    assert cli.main(["import", str(folder), "tracking=server", f"tracking.uri={dead_server}"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rfloor: MLflow cannot be reached: ")
+    assert err.count("\n") == 1, "one line, and no warnings of the client's"
+
+
+@pytest.mark.parametrize(
+    "credentials", ["user:hunter2", "user:hun%2Fter2", "hunter2", "user:hunter2/x", "u:p@hunter2"]
+)
+@pytest.mark.parametrize("scheme", ["http", "postgresql"])
+def test_no_password_is_in_the_message(
+    dead_server: str, monkeypatch: pytest.MonkeyPatch, credentials: str, scheme: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = f"{scheme}://{credentials}@{dead_server.removeprefix('http://')}"
+    with pytest.raises(TrackingDown) as caught:
+        Tracker(TrackingConfig("server", uri, "rfloor"))
+    assert str(caught.value)
+    assert "ter2" not in str(caught.value)
+
+
+@pytest.fixture
+def refused(composer: Composer, folder: Path) -> Cell:
+    """A cell that needs no worker."""
+    cell = made_up_cell(composer, f"records={folder}")
+    cell.refusal = Refusal(Outcome.UNSUPPORTED, "no such kernel", "use another")
+    return cell
+
+
+class Failing:
+    """MLflow going down at one call."""
+
+    def __init__(self, tracker: Tracker, at: str) -> None:
+        self._tracker = tracker
+        self._at = at
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._at:
+            raise TrackingDown(f"gone at {name}")
+        return getattr(self._tracker, name)
+
+
+@pytest.mark.parametrize(("at", "counts"), [("open", Counter(imported=1)), ("close", Counter(completed=1))])
+def test_a_cell_keeps_its_record_when_mlflow_goes_down(
+    store: Store, folder: Path, refused: Cell, at: str, counts: Counter[str]
+) -> None:
+    session = Session("sweep", Failing(Tracker(store.config), at), lambda _: None)  # type: ignore[arg-type]
+    record = run_cell(refused, 0, session)
+    assert (session.tracker, session.tracking_error) == (None, f"gone at {at}")
+    [file] = folder.rglob("*.json")
+    assert json.loads(file.read_text()) == json.loads(json.dumps(record.plain()))
+    assert import_records(folder, store.config) == (counts, [])
+    [run] = store.runs()
+    assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "unsupported")
+
+
+def test_a_cell_that_mlflow_takes_is_present(store: Store, folder: Path, refused: Cell) -> None:
+    session = Session("sweep", Tracker(store.config), lambda _: None)
+    record = run_cell(refused, 0, session)
+    [run] = store.runs()
+    assert (run.data.tags["rfloor.record_id"], run.data.tags["outcome"]) == (record.record_id, "unsupported")
+    assert run.info.start_time <= run.info.end_time
+    assert import_records(folder, store.config) == (Counter(present=1), [])
+
+
+def test_a_sweep_without_its_server_exits_with_1_and_can_be_imported(
+    store: Store, folder: Path, dead_server: str
+) -> None:
+    """Nothing here can run a CUDA graph on the CPU, so the cell ends benignly and without a worker."""
+    ended = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "runner.py"), "model=tiny", "gpu=cpu", "execution=cuda_graph"),
+            *(f"records={folder}", "tracking=server", f"tracking.uri={dead_server}"),
+        ],
+        cwd=store.folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1, ended.stderr
+    told = " ".join(ended.stdout.split())
+    assert "MLflow did not take every run" in told
+    assert "rfloor import" in told
+    [file] = folder.rglob("*.json")
+    assert records.read(file).outcome is Outcome.UNSUPPORTED
+    assert import_records(folder, store.config) == (Counter(imported=1), [])
+
+
+# What tracking costs its own process
+
+NO_TORCH = """
+import sys
+from pathlib import Path
+from registry import record as records
+from registry.schema import TrackingConfig
+from registry.tracking import Tracker, artifacts, import_records
+assert "mlflow" not in sys.modules, "MLflow takes seconds to import"
+uri, folder = sys.argv[1:]
+print(import_records(Path(folder), TrackingConfig("local", uri, "rfloor", folder)))
+assert "mlflow" in sys.modules
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+
+
+def test_tracking_imports_mlflow_when_it_is_used_and_torch_never(store: Store, folder: Path, cell: Cell) -> None:
+    keep(folder, made_up_record(cell))
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TORCH, store.config.uri, str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'imported': 1" in done.stdout

@@ -1,0 +1,413 @@
+"""What each value of a cell may be, and what is said of one that may not."""
+
+import dataclasses
+import os
+import re
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry import validate as rules
+from registry.compose import Composer
+from registry.outcome import BadInput
+from registry.schema import GROUPS, Config, GpuConfig
+from registry.validate import redact, validate, validate_profile
+
+LARGEST = 9223372036854775807
+
+
+@pytest.fixture
+def config(composer: Composer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A cell in which everything is in order."""
+    monkeypatch.chdir(tmp_path)
+    return composer.cell(["model=tiny", "gpu=l4", "quant=nf4", "backend=hf", "context=100"])
+
+
+def change(config: Config, key: str, value: Any) -> None:
+    *path, name = key.split(".")
+    node: Any = config
+    for part in path:
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    if isinstance(node, dict):
+        node[name] = value
+    else:
+        assert hasattr(node, name)
+        setattr(node, name, value)
+
+
+def refusal(config: Config) -> str:
+    with pytest.raises(BadInput) as caught:
+        validate(config)
+    return str(caught.value)
+
+
+def test_every_profile_and_model_is_in_order(composer: Composer) -> None:
+    for group in ("gpu", "model", "protocol", "quant", "execution", "tracking"):
+        for option in composer.options(group):
+            validate(composer.cell([f"{group}={option}"]))
+    for profile in composer.profiles():
+        validate_profile(profile.gpu)
+
+
+LEAST = {
+    "model": ["layers", "hidden", "q_heads", "kv_heads", "head_dim", "ffn", "vocab", "max_context"],
+    "protocol": ["context", "batch_size", "measured_steps", "timeout_s"],
+}
+AT_LEAST_1 = [f"{group}.{name}" for group, names in LEAST.items() for name in names]
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("key", AT_LEAST_1)
+def test_at_least_1(config: Config, key: str, value: int) -> None:
+    change(config, key, value)
+    assert f"{key}={value}: at least 1" in refusal(config)
+
+
+POSITIVE = ["gpu.peak_bandwidth_gbs", "gpu.memory_gb", "gpu.price_usd_per_hour"]
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+def test_more_than_0_or_not_known(config: Config, key: str) -> None:
+    for value in (0.0, -1.5):
+        change(config, key, value)
+        assert refusal(config) == f"{key}={value}: more than 0, or null where it is not known"
+    for allowed in (None, 1e-9):
+        change(config, key, allowed)
+        validate(config)
+
+
+BAD = [
+    ("protocol.warmup_steps", -1, "protocol.warmup_steps=-1: at least 0"),
+    ("protocol.seed", -1, "protocol.seed=-1: at least 0"),
+    ("protocol.seed", LARGEST + 1, f"protocol.seed: a whole number of at most {LARGEST}"),
+    ("protocol.threads", 0, "protocol.threads=0: at least 1, or null for one a physical core"),
+    (
+        "protocol.context",
+        4062,
+        "protocol.context=4062 with 5 + 30 steps ends at 4097 tokens, tiny takes 4096: at most context=4061",
+    ),
+    ("model.kv_heads", 3, "model.kv_heads=3 does not divide model.q_heads=4"),
+    ("model.head_dim", 33, "model.head_dim=33: a rotary embedding turns pairs, so it is even"),
+    ("model.rope_theta", 0.0, "model.rope_theta=0.0: more than 0"),
+    ("model.rms_norm_eps", -1e-6, "model.rms_norm_eps=-1e-06: more than 0"),
+    ("model.model_type", "lama", "model.model_type=lama: did you mean llama? Known: llama, mistral, qwen2"),
+    ("model.qkv_bias", False, "model.qkv_bias=False: a qwen2 has biases on q, k and v"),
+    ("execution.name", "eagr", "execution.name=eagr: did you mean eager?"),
+    ("execution.cache", "statik", "execution.cache=statik: did you mean static?"),
+    ("quant.weight_bits", 0.0, "quant.weight_bits=0.0: more than 0 and at most 32"),
+    ("quant.weight_bits", 32.5, "quant.weight_bits=32.5: more than 0 and at most 32"),
+    ("quant.study_bits", -4.0, "quant.study_bits=-4.0: more than 0 and at most 32"),
+    ("records", "", "records is empty: name a folder"),
+    ("tracking.experiment", "", "tracking.experiment is empty: name one"),
+    ("tracking.experiment", " \t", "tracking.experiment is empty: name one"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), BAD)
+def test_a_value_out_of_range_is_refused_in_words(config: Config, key: str, value: Any, message: str) -> None:
+    change(config, key, value)
+    told = refusal(config)
+    assert told.startswith(message)
+    assert "; " not in told, "one mistake is told once"
+
+
+GOOD = [
+    ("protocol.warmup_steps", 0),
+    ("protocol.seed", 0),
+    ("protocol.seed", LARGEST),
+    ("protocol.threads", None),
+    ("protocol.threads", 1),
+    ("protocol.context", 4061),
+    ("protocol.timeout_s", 1e12),
+    ("quant.weight_bits", 0.5),
+    ("quant.weight_bits", 32.0),
+    ("records", "made/when/needed"),
+    ("tracking.artifacts", None),
+    ("tracking.artifacts", "s3://bucket/folder"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), GOOD)
+def test_a_value_at_the_edge_is_taken(config: Config, key: str, value: Any) -> None:
+    change(config, key, value)
+    validate(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "bias", "told"),
+    [
+        ("llama", True, "model.qkv_bias=True: a llama has no biases on q, k and v"),
+        ("mistral", True, "model.qkv_bias=True: a mistral has no biases on q, k and v"),
+        ("llama", False, ""),
+        ("mistral", False, ""),
+        ("qwen2", True, ""),
+    ],
+)
+def test_a_family_s_biases(config: Config, model_type: str, bias: bool, told: str) -> None:
+    config.model.model_type, config.model.qkv_bias = model_type, bias
+    if told:
+        assert refusal(config) == told
+    else:
+        validate(config)
+
+
+def test_all_problems_are_told_at_once(config: Config) -> None:
+    config.model.layers, config.quant.study_bits, config.tracking.experiment = 0, 99, ""
+    config.gpu.price_usd_per_hour = 0
+    assert refusal(config) == (
+        "model.layers=0: at least 1; gpu.price_usd_per_hour=0: more than 0, or null where it is not known; "
+        "quant.study_bits=99: more than 0 and at most 32; tracking.experiment is empty: name one"
+    )
+
+
+# Numbers that are none
+
+FLOATS = [
+    f"{group}.{f.name}"
+    for group in GROUPS
+    for f in dataclasses.fields(Config.__dataclass_fields__[group].default_factory)  # type: ignore[arg-type]
+    if "float" in str(f.type)
+]
+
+
+def test_the_floats_are_found() -> None:
+    assert {"model.rope_theta", "gpu.price_usd_per_hour", "quant.study_bits", "protocol.timeout_s"} <= set(FLOATS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("key", FLOATS)
+def test_no_float_is_endless(config: Config, key: str, value: float) -> None:
+    change(config, key, value)
+    assert refusal(config) == f"{key}={value}: a finite number"
+
+
+def test_no_option_of_a_plugin_is_endless(config: Config) -> None:
+    config.quant.options = {"scale": {"of": [1.0, float("nan")]}}
+    config.model.rope_scaling = {"factor": float("inf")}
+    assert (
+        refusal(config)
+        == "model.rope_scaling.factor=inf: a finite number; quant.options.scale.of.1=nan: a finite number"
+    )
+
+
+INTEGERS = [f"model.{name}" for name in LEAST["model"]] + ["protocol.batch_size", "protocol.threads"]
+
+
+@pytest.mark.parametrize("key", INTEGERS)
+def test_no_whole_number_is_beyond_64_bits(config: Config, key: str) -> None:
+    change(config, key, 10**5000)  # more digits than Python prints
+    assert refusal(config) == f"{key}: a whole number of at most {LARGEST}"
+
+
+# GPU profiles
+
+
+@pytest.mark.parametrize(
+    ("profile", "told"),
+    [
+        (GpuConfig("new"), "the GPU profile 'new' has no bandwidth: give gpu.peak_bandwidth_gbs="),
+        (GpuConfig("new", peak_bandwidth_gbs=0.0), "gpu.peak_bandwidth_gbs=0.0: more than 0"),
+        (GpuConfig("new", peak_bandwidth_gbs=-1.0), "gpu.peak_bandwidth_gbs=-1.0: more than 0"),
+        (GpuConfig("new", peak_bandwidth_gbs=float("nan")), "gpu.peak_bandwidth_gbs=nan: a finite number"),
+        (GpuConfig("new", measure_bandwidth=True, peak_bandwidth_gbs=-1.0), "gpu.peak_bandwidth_gbs=-1.0: more"),
+        (GpuConfig("new", peak_bandwidth_gbs=1.0, price_usd_per_hour=0.0), "gpu.price_usd_per_hour=0.0: more"),
+        (GpuConfig("new", peak_bandwidth_gbs=1.0, memory_gb=-2.0), "gpu.memory_gb=-2.0: more than 0"),
+        (GpuConfig("new", measure_bandwidth=True), ""),
+        (GpuConfig("new", peak_bandwidth_gbs=1.0), ""),
+    ],
+)
+def test_a_profile_has_a_bandwidth_or_measures_it(profile: GpuConfig, told: str) -> None:
+    if not told:
+        validate_profile(profile)
+        return
+    with pytest.raises(BadInput) as caught:
+        validate_profile(profile)
+    assert str(caught.value).startswith(told)
+
+
+# Folders
+
+
+@pytest.mark.parametrize("key", ["records", "tracking.artifacts"])
+def test_a_folder_is_one_or_can_be_made(config: Config, tmp_path: Path, key: str) -> None:
+    (tmp_path / "file").touch()
+    for value, told in (
+        ("file", f"{key}=file: file is no folder"),
+        ("file/below/it", f"{key}=file/below/it: file is no folder"),
+        (str(tmp_path / "file"), f"{key}={tmp_path / 'file'}: {tmp_path / 'file'} is no folder"),
+        ("x" * 300, f"{key}={'x' * 300}: [Errno 36] File name too long"),
+    ):
+        change(config, key, value)
+        assert refusal(config).startswith(told)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"], "looking writes nothing"
+
+
+@pytest.mark.parametrize("key", ["records", "tracking.artifacts"])
+def test_a_folder_that_cannot_be_written_is_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str
+) -> None:
+    """Asked through os.access, because root may write anywhere."""
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place).name != "locked" or mode != os.W_OK)
+    change(config, key, "locked/new")
+    assert refusal(config) == f"{key}=locked/new cannot be written"
+
+
+# Where MLflow is
+
+NO_URI = [
+    ("", "did you mean sqlite:///mlflow.db?"),
+    ("mlruns", "did you mean sqlite:///mlflow.db?"),
+    ("./mlflow.db", "did you mean sqlite:///mlflow.db?"),
+    ("file:///tmp/mlruns", "MLflow is reached by sqlite://, postgresql://, mysql://, mssql://, http://, https://"),
+    ("databricks", "did you mean"),
+    ("htp://host", "did you mean"),
+    ("http://", "names no host"),
+    ("http://:5000", "names no host"),
+    ("https:///path", "names no host"),
+    ("http://host:0", "no server listens on port 0"),
+    ("http://host:99999", "is no address"),
+    ("http://host:port", "is no address"),
+    ("http://[host", "is no address"),
+    ("http://host/#/experiments/1", "a server's address ends before its ? or #"),
+    ("http://host?a=b", "a server's address ends before its ? or #"),
+    ("postgresql://", "names no database"),
+    ("postgresql:///", "names no database"),
+    ("sqlite://", "names no file"),
+    ("sqlite:///", "names no file"),
+    ("sqlite:///:memory:", "names no file"),
+    ("sqlite:///?mode=memory", "names no file"),
+    ("sqlite:///folder", "names no file"),
+    ("sqlite:///missing/mlflow.db", "there is no folder missing"),
+    ("sqlite:///text.db", "text.db is no SQLite database"),
+    ("sqlite:///text.db/mlflow.db", "there is no folder text.db"),
+    (f"sqlite:///{'x' * 300}", "File name too long"),
+]
+
+
+@pytest.mark.parametrize(("uri", "told"), NO_URI)
+def test_where_mlflow_cannot_be_is_refused(config: Config, tmp_path: Path, uri: str, told: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.db").write_text("no database at all")
+    config.tracking.uri = uri
+    found = refusal(config)
+    assert found.startswith(f"tracking.uri={uri}")
+    assert told in found.removeprefix(f"tracking.uri={uri}")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "text.db"], "looking writes nothing"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite:///mlflow.db",
+        "sqlite:///new.db?timeout=60",
+        "sqlite+pysqlite:///mlflow.db",
+        "sqlite:///empty.db",
+        "http://127.0.0.1:5000",
+        "https://user:word@host.example/mlflow",
+        "http://[::1]:5000",
+        "postgresql://user:word@host:5432/mlflow",
+        "postgresql+psycopg2:///mlflow",
+        "mysql+pymysql://host/mlflow?charset=utf8mb4",
+    ],
+)
+def test_where_mlflow_can_be_is_taken(config: Config, tmp_path: Path, uri: str) -> None:
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("create table runs (id)")
+    database.close()
+    (tmp_path / "empty.db").touch()
+    config.tracking.uri = uri
+    validate(config)
+    assert not (tmp_path / "new.db").exists()
+
+
+@pytest.mark.parametrize("locked", ["data", "data/mlflow.db"])
+def test_a_database_that_cannot_be_written_is_refused(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: str
+) -> None:
+    """A folder that is not writable will not do even if the file is: the journal lies beside it."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mlflow.db").touch()
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != Path(locked))
+    config.tracking.uri = "sqlite:///data/mlflow.db"
+    assert refusal(config) == "tracking.uri=sqlite:///data/mlflow.db cannot be written"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "htp://user:{}@host/db",
+        "http://user:{}@:5000",
+        "http://user:{}@host:99999",
+        "http://user:{}@host/?a=b",
+        "http://{}@/",
+        "http://host?token={}",
+        "http://user:{}/more@host",  # the slash belongs into the password, and urlsplit takes it for a path
+        "postgresql://user:{}@:99999/db",
+        "postgresql://user:p@{}@host:99999/db",
+        "oracle://host/db?user=me&password={}&x=y",
+        "sqlite://user:{}@host/mlflow.db",
+    ],
+)
+def test_no_password_is_repeated_in_a_refusal(config: Config, uri: str) -> None:
+    config.tracking.uri = uri.format("hunter2")
+    told = refusal(config)
+    assert told.startswith("tracking.uri=")
+    assert "hunter2" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "redacted"),
+    [
+        ("http://user:word@host:5000/path", "http://***@host:5000/path"),
+        ("https://token@host", "https://***@host"),
+        ("postgresql://u:p@w@host/db", "postgresql://***@host/db"),
+        ("http://u:a/b@host", "http://***@host"),
+        ("at http://u:p@a/x: refused; mail me@b", "at http://***@a/x: refused; mail me@b"),
+        ("http://a/?x=1&access_token=abc&y=2 failed", "http://a/?x=1&access_token=***&y=2 failed"),
+        ("pg://h/d?sslmode=on&PASSWORD=abc", "pg://h/d?sslmode=on&PASSWORD=***"),
+        ("sqlite:////home/me/mlflow.db", "sqlite:////home/me/mlflow.db"),
+        ("http://host:5000/?page=2", "http://host:5000/?page=2"),
+    ],
+)
+def test_redact(text: str, redacted: str) -> None:
+    assert redact(text) == redacted
+    assert redact(redacted) == redacted
+
+
+@given(
+    password=st.text(st.characters(codec="ascii", exclude_categories=["C", "Z"]), min_size=1),
+    shape=st.sampled_from(
+        ["http://user:<{}>@host/x", "postgresql+driver://<{}>@host", "failed: mysql://u:<{}>@h/d "]
+    ),
+)
+def test_redact_leaves_nothing_of_any_password(password: str, shape: str) -> None:
+    redacted = redact(shape.format(password))
+    assert redacted == shape.replace(re.search(r"[^/]*<.*>", shape)[0], "***")
+
+
+def test_the_constants_are_those_of_the_configuration(composer: Composer) -> None:
+    assert set(composer.options("execution")) <= set(rules.EXECUTIONS)
+    types = {composer.cell([f"model={name}"]).model.model_type for name in composer.options("model")}
+    assert types <= set(rules.MODEL_TYPES) == set(rules.BIASES)
+
+
+PIECES = st.sampled_from(
+    ["http", "sqlite", "postgresql", "://", ":///", "@", "/", "#", "?", "[", ":", "a", "\0", "é"]
+)
+
+
+@given(pieces=st.lists(PIECES, max_size=8))
+def test_any_uri_is_taken_or_refused(composer: Composer, pieces: list[str]) -> None:
+    config = composer.cell([])
+    config.tracking.uri = "".join(pieces)
+    told = f"tracking.uri={redact(config.tracking.uri)}"
+    try:
+        validate(config)
+    except BadInput as error:
+        told = str(error)
+    assert told.startswith("tracking.uri=")
