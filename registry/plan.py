@@ -24,7 +24,6 @@ from registry.hardware import Device, collect_versions, cpu_device
 from registry.identity import cell_id
 from registry.outcome import BadInput, Outcome, Refusal, Refused, nearest, unsupported
 from registry.plugins import KINDS
-from registry.schema import GpuConfig
 from registry.validate import validate, validate_profile
 from registry.weights import check_weights
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from registry.api import Plugin
     from registry.plugins import Catalog, Claim
-    from registry.schema import Config
+    from registry.schema import Config, GpuConfig
 
 RUNTIME = ("rfloor", "torch", "transformers", "numpy", "nvidia-ml-py")
 """Packages whose versions belong to a cell's identity, beside those of its plugins."""
@@ -94,7 +93,8 @@ class Cell:
     def label(self) -> str:
         """The cell in one line, for messages."""
         c = self.config
-        names = (c.model, c.gpu, c.backend, c.quant, c.attention, c.execution)
+        # What a sweep compares comes first: MLflow's tables cut a name after some twenty characters.
+        names = (c.quant, c.execution, c.attention, c.backend, c.model, c.gpu)
         return " ".join([*(part.name for part in names), f"ctx={c.protocol.context}"])
 
 
@@ -165,8 +165,7 @@ class Planner:
                     "Write conf/gpu/NAME.yaml with its nvml_names and peak_bandwidth_gbs, or use gpu=cpu",
                 )
             profile = self._profiles[name]
-            unset = dataclasses.asdict(GpuConfig())
-            given = {key: value for key, value in dataclasses.asdict(wanted).items() if value != unset[key]}
+            given = {key: value for key, value in dataclasses.asdict(wanted).items() if value}
             cell.config.gpu = dataclasses.replace(profile, **(given | {"name": name}))
         validate_profile(cell.config.gpu)
         self._source_overrides(cell.config.gpu)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 REASON_LIMIT = 1000  # characters; the log beside the record has the rest
+FORCED_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's order: device 0 is the same to both
 CHILD_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -182,7 +183,7 @@ def _ask_worker(cell: Cell, log: Path, session: Session) -> dict[str, Any]:
                 stderr=subprocess.STDOUT,
                 pass_fds=(write_end,),
                 start_new_session=True,
-                env=CHILD_ENVIRONMENT | os.environ | {STAGES_FD: str(write_end)},
+                env=CHILD_ENVIRONMENT | os.environ | FORCED_ENVIRONMENT | {STAGES_FD: str(write_end)},
             )
         finally:
             os.close(write_end)

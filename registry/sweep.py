@@ -24,7 +24,7 @@ from registry.hardware import find_device
 from registry.outcome import BadInput
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
-from registry.validate import redact
+from registry.validate import SERVERS, redact
 
 if TYPE_CHECKING:
     import argparse
@@ -192,7 +192,8 @@ def run(sweep: Sweep, config: DictConfig) -> int:
         _track(session, tracking)
         _running = Running(session, reporter)
         returns = launcher.launch(jobs, initial_job_idx=0)
-    return _conclude([ended.return_value for ended in returns], sweep.cells[0].config)
+    page = session.tracker.page if session.tracker else ""
+    return _conclude([ended.return_value for ended in returns], sweep.cells[0].config, page)
 
 
 def job(config: DictConfig) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def _track(session: Session, tracking: TrackingConfig) -> None:
         session.tracking_error = str(error)
 
 
-def _conclude(ended: list[dict[str, Any]], config: Config) -> int:
+def _conclude(ended: list[dict[str, Any]], config: Config, page: str) -> int:
     """Print table, notes and what to do next; the exit code."""
     from registry import record as records
     from registry.display import console, notes, results
@@ -244,7 +245,10 @@ def _conclude(ended: list[dict[str, Any]], config: Config) -> int:
     later = f"rfloor import {config.records} tracking.uri={uri}"
     for error in errors:
         out.print(f"MLflow did not take every run ({error}). Once it does: {later}", highlight=False, markup=False)
-    opens = f"open {uri}" if uri.startswith("http") else f"{_mlflow()} ui --backend-store-uri {_absolute(uri)}"
+    if uri.startswith(SERVERS):
+        opens = f"open {uri.rstrip('/')}{page}"
+    else:
+        opens = f"{_mlflow()} ui --backend-store-uri {_absolute(uri)}, then open http://127.0.0.1:5000{page}"
     out.print(f"Compare the runs in the MLflow UI: {opens}", highlight=False, markup=False, soft_wrap=True)
     return 0 if not errors and all(record.outcome.benign for record in found) else 1
 

@@ -29,6 +29,8 @@ SERVERS = ("http", "https")
 SQLITE_MAGIC = b"SQLite format 3\x00"
 LARGEST = 2**63 - 1
 """Of any whole number: what a 64-bit register holds."""
+LONGEST_S = 2_000_000
+"""Of a cell's timeout: poll(2), in which its parent waits, counts milliseconds in 32 bits."""
 
 
 def validate(config: Config) -> None:
@@ -106,6 +108,8 @@ def _protocol(config: Config) -> Iterator[str]:
     for name, minimum in least.items():
         if getattr(p, name) < minimum:
             yield f"protocol.{name}={getattr(p, name)}: at least {minimum}"
+    if p.timeout_s > LONGEST_S:
+        yield f"protocol.timeout_s={p.timeout_s}: at most {LONGEST_S}, which is 23 days"
     if p.threads is not None and p.threads < 1:
         yield f"protocol.threads={p.threads}: at least 1, or null for one a physical core"
     last = p.context + p.warmup_steps + p.measured_steps

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import shutil
 import socket
@@ -146,6 +147,11 @@ def keep(folder: Path, record: Record, log: bytes = b"loading\n") -> Path:
     return file
 
 
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What MLflow and its client would have printed between the lines of a sweep."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def log(store: Store, record: Record, files: Mapping[str, Path] | None = None) -> Run:
     tracker = Tracker(store.config)
     run_id = tracker.open(record.record_id, record.label, record.config, {})
@@ -249,7 +255,7 @@ def test_a_cell_without_a_worker_has_no_log(shared: Store, folder: Path) -> None
     assert {f.path for f in shared.client.list_artifacts(run.info.run_id)} == {"cell.json", "config.yaml"}
 
 
-def test_what_is_longer_than_mlflow_takes_is_cut(shared: Store, cell: Cell) -> None:
+def test_what_is_longer_than_mlflow_takes_is_cut(shared: Store, cell: Cell, caplog: pytest.LogCaptureFixture) -> None:
     steps = [float(i) for i in range(2500)]  # a batch holds 1000 metrics, 100 parameters
     record = made_up_record(
         cell,
@@ -264,6 +270,7 @@ def test_what_is_longer_than_mlflow_takes_is_cut(shared: Store, cell: Cell) -> N
     assert run.data.params["long"] == "v" * 6000
     assert run.data.tags["reason"] == "r" * 8000
     assert run.info.run_name == "l" * 250
+    assert warned(caplog) == []
 
 
 @pytest.mark.parametrize(
@@ -511,11 +518,14 @@ def dead_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
-def test_a_server_that_is_down_is_told_within_seconds(dead_server: str) -> None:
+def test_a_server_that_is_down_is_told_within_seconds_and_once(
+    dead_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
     start = time.monotonic()
     with pytest.raises(TrackingDown, match="Connection refused"):
         Tracker(TrackingConfig("server", dead_server, "rfloor"))
     assert time.monotonic() - start < 30  # MLflow's own patience is minutes
+    assert warned(caplog) == []
 
 
 def test_rfloor_import_exits_with_1_when_the_server_is_down(

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import select
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ BAD = [
     ("protocol.warmup_steps", -1, "protocol.warmup_steps=-1: at least 0"),
     ("protocol.seed", -1, "protocol.seed=-1: at least 0"),
     ("protocol.seed", LARGEST + 1, f"protocol.seed: a whole number of at most {LARGEST}"),
+    ("protocol.timeout_s", 2000000.5, "protocol.timeout_s=2000000.5: at most 2000000, which is 23 days"),
     ("protocol.threads", 0, "protocol.threads=0: at least 1, or null for one a physical core"),
     (
         "protocol.context",
@@ -122,7 +124,7 @@ GOOD = [
     ("protocol.threads", None),
     ("protocol.threads", 1),
     ("protocol.context", 4061),
-    ("protocol.timeout_s", 1e12),
+    ("protocol.timeout_s", 2e6),
     ("quant.weight_bits", 0.5),
     ("quant.weight_bits", 32.0),
     ("records", "made/when/needed"),
@@ -153,6 +155,18 @@ def test_a_family_s_biases(config: Config, model_type: str, bias: bool, told: st
         assert refusal(config) == told
     else:
         validate(config)
+
+
+def test_the_longest_timeout_is_one_that_poll_takes() -> None:
+    read_end, write_end = os.pipe()
+    poller = select.poll()
+    poller.register(read_end, select.POLLIN)
+    os.write(write_end, b"x")
+    try:
+        assert poller.poll(rules.LONGEST_S * 1000)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
 
 
 def test_all_problems_are_told_at_once(config: Config) -> None:
