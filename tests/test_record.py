@@ -457,3 +457,8 @@ def test_a_first_visit_that_is_15_percent_dearer_is_told(cell: Cell, again: floa
 def test_a_floor_without_a_spec_sheet_says_so(composer: Composer, gpu: str, told: int) -> None:
     found = warnings(made_up_cell(composer, "gpu=cpu", gpu=gpu))
     assert found == ["no spec sheet: r_floor and mbu stand against the measured read bandwidth"] * told
+
+
+def test_a_few_slow_steps_are_no_first_visit(cell: Cell) -> None:
+    found = warnings(cell, step_times_ms=[2.0, 4.0, 4.0, 4.0], revisit_times_ms=[2.0])
+    assert not any(w.startswith("first visit") for w in found)
