@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from backends.hf_attention import install
+from backends.hf_attention import Installed, install
 from registry.api import Backend, StepBytes, materialize, tensor_bytes
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class HfBackend(Backend):
 
     model: Any = None
     cache: Any = None
+    _attention: Installed | None = None
 
     def load(self, capacity: int) -> None:
         """See `Backend.load`."""
@@ -70,6 +71,7 @@ class HfBackend(Backend):
             dtype=self.setup.dtype,
             device=self.setup.device,
         )
+        assert self._attention is not None
         self._attention.cache = cache
         return cache
 
@@ -140,7 +142,8 @@ class HfBackend(Backend):
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._attention.remove()
+        if self._attention:
+            self._attention.remove()
         self._converted = {}
         self.model = self.cache = None
 

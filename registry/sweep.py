@@ -206,15 +206,15 @@ def job(config: DictConfig) -> dict[str, Any]:
 
     from registry.run import Session, run_cell
 
-    cell = _planner().plan(to_config(config))
-    if _running:
-        session = _running.session
+    number = HydraConfig.get().job.num
+    if _running and _sweep:  # as planned before the sweep began, whatever has become of its files since
+        cell, session = _sweep.cells[number], _running.session
+        _running.reporter.begin(cell.label)
     else:
+        cell = _planner().plan(to_config(config))
         session = Session(config.sweep_id, None, lambda _: None)
         _track(session, cell.config.tracking)
-    if _running:
-        _running.reporter.begin(cell.label)
-    record = run_cell(cell, HydraConfig.get().job.num, session)
+    record = run_cell(cell, number, session)
     if _running:
         _running.reporter.done(record)
     return {"record": record.plain(), "tracking_error": session.tracking_error}

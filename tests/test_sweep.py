@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 
-from registry import floor, identity
+from registry import floor, identity, sweep
 from registry.api import LinearFormat, Requirement, unsupported
 from registry.architecture import CONFIG_JSON_NAMES, Architecture
 from registry.compose import CONF, Composer
@@ -611,3 +612,33 @@ def test_an_identity_is_the_same_in_another_process(plan: Plan, light: dict[str,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == plan("quant=nf4").cell_id
+
+
+def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of weights that goes away while the sweep runs is its own cell's end: nothing is planned again."""
+    cell = plan("model=tiny", "gpu=cpu", device=CPU)
+    seen: list[Cell] = []
+
+    class Told:
+        tracking_error = ""
+
+        def plain(self) -> dict[str, Any]:
+            return {}
+
+        def begin(self, label: str) -> None: ...
+
+        def done(self, record: Any) -> None: ...
+
+    def run_cell(given: Cell, number: int, session: Any) -> Told:
+        seen.append(given)
+        return Told()
+
+    told: Any = Told()
+    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([[]], [cell]))
+    monkeypatch.setattr(sweep, "_running", sweep.Running(told, told))
+    monkeypatch.setattr(sweep, "_planner", lambda: pytest.fail("planned again"))
+    monkeypatch.setattr("registry.run.run_cell", run_cell)
+    here = types.SimpleNamespace(job=types.SimpleNamespace(num=0))
+    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: here)
+    sweep.job(OmegaConf.create({}))
+    assert seen == [cell]
