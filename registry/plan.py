@@ -123,7 +123,7 @@ class Planner:
         backend = config.backend.name
         if backend == "auto":
             config.backend.name = config.backend.plugin = config.quant.backend or "hf"
-        claims, packages, refusals = self._claims(config)
+        claims, chosen, packages, refusals = self._claims(config)
         cell = Cell(config, self._device)
         cell.targets = {kind: claim.target for kind, claim in claims.items()}
         cell.versions = collect_versions([*RUNTIME, *packages])
@@ -131,7 +131,7 @@ class Planner:
             self._resolve_gpu(cell)
             for refusal in refusals:
                 raise refusal
-            self._check_plugins(cell)
+            _check_plugins(cell, chosen)
             _check_memory(cell)
         except Refused as refused:
             cell.refusal = refused.refusal
@@ -139,9 +139,11 @@ class Planner:
         cell.cell_id = cell_id(config, cell.device, modules, cell.versions)
         return cell
 
-    def _claims(self, config: Config) -> tuple[dict[str, Claim], set[str], list[Refused]]:
-        """The cell's plugins with their options checked, the packages behind them, and what fails so far."""
-        claims, packages, refusals = {}, set(), []
+    def _claims(
+        self, config: Config
+    ) -> tuple[dict[str, Claim], dict[str, tuple[type[Plugin], Any]], set[str], list[Refused]]:
+        """The cell's plugins, each with its options checked, the packages behind them, and what fails so far."""
+        claims, chosen, packages, refusals = {}, {}, set(), []
         for kind in KINDS:
             part = getattr(config, kind)
             try:
@@ -149,11 +151,11 @@ class Planner:
                 packages.add(claims[kind].distribution)
                 with _blamed(kind, part.plugin):
                     plugin = self._catalog.load(kind, part.plugin)
-                    _options(kind, plugin, part)
+                    chosen[kind] = plugin, _options(kind, plugin, part)
                     packages |= {PackageRequirement(requirement.package).name for requirement in plugin.requires}
             except Refused as refused:
                 refusals.append(refused)
-        return claims, packages, refusals
+        return claims, chosen, packages, refusals
 
     def _resolve_gpu(self, cell: Cell) -> None:
         wanted, here = cell.config.gpu, self._device
@@ -192,21 +194,19 @@ class Planner:
             return "cpu"
         return next((n for n, p in self._profiles.items() if self._device.name in p.nvml_names), None)
 
-    def _check_plugins(self, cell: Cell) -> None:
-        chosen = {kind: self._catalog.load(kind, getattr(cell.config, kind).plugin) for kind in KINDS}
-        requests = {
-            kind: _request(cell, _options(kind, plugin, getattr(cell.config, kind)))
-            for kind, plugin in chosen.items()
-        }
-        for kind, plugin in chosen.items():
-            with _blamed(kind, getattr(cell.config, kind).plugin):
-                _check_declared(kind, plugin, requests[kind])
-        _check_combination(chosen["backend"], requests["backend"])
-        for kind, plugin in chosen.items():
-            with _blamed(kind, getattr(cell.config, kind).plugin):
-                plugin.check(requests[kind])
-        for plugin in chosen.values():
-            _check_requirements(plugin)
+
+def _check_plugins(cell: Cell, chosen: Mapping[str, tuple[type[Plugin], Any]]) -> None:
+    """What each plugin declares, what they can do together, what they say themselves, what they need."""
+    requests = {kind: _request(cell, options) for kind, (_, options) in chosen.items()}
+    for kind, (plugin, _) in chosen.items():
+        with _blamed(kind, getattr(cell.config, kind).plugin):
+            _check_declared(kind, plugin, requests[kind])
+    _check_combination(chosen["backend"][0], requests["backend"])
+    for kind, (plugin, _) in chosen.items():
+        with _blamed(kind, getattr(cell.config, kind).plugin):
+            plugin.check(requests[kind])
+    for plugin, _ in chosen.values():
+        _check_requirements(plugin)
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def prepare(arguments: Sequence[str]) -> None:
     global _sweep
     try:
         args = get_args_parser().parse_args(list(arguments))
-        composer = Composer(Catalog())
+        composer = _composer()
         if any(getattr(args, flag) for flag in ABOUT):
             _check_about(args, composer)
             return
@@ -145,11 +145,16 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
 
 
 @cache
+def _composer() -> Composer:
+    """This process's composer: what it composed for the preflight serves the planner too."""
+    return Composer(Catalog())
+
+
+@cache
 def _planner() -> Planner:
     """This process's planner; a launcher's remote process makes its own."""
-    catalog = Catalog()
-    profiles = {config.gpu.name: config.gpu for config in Composer(catalog).profiles()}
-    return Planner(catalog, profiles, find_device())
+    profiles = {config.gpu.name: config.gpu for config in _composer().profiles()}
+    return Planner(Catalog(), profiles, find_device())
 
 
 class SweepCallback(Callback):
