@@ -65,14 +65,14 @@ def install(setup: Setup, capacity: int) -> Installed:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         if query.shape[2] > 1:
-            out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-            return out
+            prefilled: tuple[Tensor, None] = sdpa_attention_forward(
+                module, query, key, value, attention_mask, **kwargs
+            )
+            return prefilled
         layers = installed.cache.layers if installed.cache is not None else None
         kv_len = layers[module.layer_idx].cumulative_length if layers else None
-        step = kernel.decode(
-            query.squeeze(2), key, value, kv_len=kv_len, scale=kwargs["scaling"], mask=attention_mask
-        )
-        return step.unsqueeze(1), None
+        out = kernel.decode(query, key, value, kv_len=kv_len, scale=kwargs["scaling"], mask=attention_mask)
+        return out.transpose(1, 2), None
 
     AttentionInterface.register(installed.name, forward)
     if kernel.needs_mask:

@@ -1,12 +1,14 @@
 """What the harness costs the user: pairs of rfloor's eager median and a bare loop's, interleaved in one process.
 
-    python bench/harness_cost.py [--pairs 12] [--model qwen2.5-7b] [--context 2048] [--cache static] [--out FILE]
+    python bench/harness_cost.py [--pairs 10] [--windows 5] [--model qwen2.5-7b] [--context 2048] [--cache static]
+                                 [--out FILE]
 
 Both arms decode the same architecture in plain transformers on this machine's device: one through rfloor's own
-`measure`, one by `bare_loop.steps`. They share the process because two processes of one host may differ by half,
-which is no part of either; the order within a pair alternates. The static cache is the default because its shapes
-do not change: with a growing one PyTorch may plan its attention kernel anew at every length. Prints every pair,
-the geometric mean of rfloor / bare, and Student's t interval on the log ratio.
+`measure`, one by `bare_loop.decode`. They share the process because two processes of one host may differ by half,
+which is no part of either. A pair is the median of several windows of each arm, taken in turns with the order
+alternating: a host that slows down for a second spoils a window and not the pair. The static cache is the default
+because its shapes do not change: with a growing one PyTorch may plan its attention kernel anew at every length.
+Prints every pair, the geometric mean of rfloor / bare, and Student's t interval on the log ratio.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import math
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import bare_loop
 import torch
@@ -70,9 +72,21 @@ class Arms:
         return statistics.median(times)
 
 
+def pair(arms: Arms, windows: int) -> dict[str, Any]:
+    """One pair: each arm's windows, their medians, and the ratio of those."""
+    taken: dict[str, list[float]] = {"rfloor": [], "bare": []}
+    for window in range(windows):
+        for arm in (arms.bare, arms.rfloor) if window % 2 == 0 else (arms.rfloor, arms.bare):
+            taken[arm.__name__].append(arm())
+            synchronise(arms.device)
+    medians = {name: statistics.median(times) for name, times in taken.items()}
+    return {**medians, "ratio": medians["rfloor"] / medians["bare"], "windows": taken}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--model", default="qwen2.5-7b")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--cache", choices=("dynamic", "static"), default="static")
@@ -82,13 +96,10 @@ def main() -> None:
     with torch.inference_mode():
         arms = Arms(args.model, args.context, args.cache)
         arms.rfloor(), arms.bare()  # both have met every shape before the first pair
-        for index in range(args.pairs):
-            order = [arms.bare, arms.rfloor] if index % 2 == 0 else [arms.rfloor, arms.bare]
-            pair = {arm.__name__: arm() for arm in order}
-            synchronise(arms.device)
-            pairs.append(pair | {"ratio": pair["rfloor"] / pair["bare"]})
+        for _ in range(args.pairs):
+            pairs.append(pair(arms, args.windows))
             print(json.dumps(pairs[-1]), flush=True)
-    logs = [math.log(pair["ratio"]) for pair in pairs]
+    logs = [math.log(each["ratio"]) for each in pairs]
     mean, error = sum(logs) / len(logs), stats.sem(logs)
     low, high = stats.t.interval(0.95, len(logs) - 1, loc=mean, scale=error)
     result = {"pairs": pairs, "ratio": math.exp(mean), "low": math.exp(low), "high": math.exp(high)}

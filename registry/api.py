@@ -212,7 +212,8 @@ class AttentionKernel(Plugin):
         """Attend with one query token a stream.
 
         Args:
-            q: `[batch, q_heads, head_dim]`.
+            q: `[batch, q_heads, 1, head_dim]`, where a model's projection left it: the memory is laid out as
+                `[batch, 1, q_heads, head_dim]`.
             k: `[batch, kv_heads, rows, head_dim]`; `rows` is the cache's capacity.
             v: As `k`.
             kv_len: int64, 0-d, on the device: rows that are valid, the new token's included, so two at least. `None`
@@ -222,7 +223,7 @@ class AttentionKernel(Plugin):
                 not `None`.
 
         Returns:
-            `[batch, q_heads, head_dim]` in q's dtype. Never synchronises with the host.
+            `[batch, q_heads, 1, head_dim]` in q's dtype, laid out as it likes. Never synchronises with the host.
         """
 
 

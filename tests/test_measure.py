@@ -440,7 +440,7 @@ def test_a_measurement_on_cuda_times_a_third_pass_by_events(small: Architecture,
         measured = run(backend, execution=execution)
     assert len(measured["event_times_ms"]) == MEASURED
     assert all(0 < t < 1000 for t in measured["event_times_ms"])
-    assert measured["final_position"] == CONTEXT
+    assert measured["final_position"] == CONTEXT + STEPS_A_PASS, "the third pass is the last to move it"
     assert measured["passes_agree"] is True
     graphed = {"proof_steps": STEPS_A_PASS, "proof_agreed": STEPS_A_PASS, "replays": 3 * STEPS_A_PASS}
     assert measured["execution"] == (graphed if execution == "cuda_graph" else {})

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from registry.api import AttentionKernel, unsupported
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable
 
     from torch import Tensor
 
-    from registry.api import Request
+    from registry.api import AttentionShape, Request
 
 KERNELS = {
     "default": None,
@@ -65,6 +64,14 @@ class Sdpa(AttentionKernel):
                 "Use execution=eager with execution.cache=dynamic, or attention=sdpa-cudnn",
             )
 
+    def plan(self, shape: AttentionShape) -> None:
+        """See `AttentionKernel.plan`."""
+        from torch.nn.functional import scaled_dot_product_attention
+
+        member = KERNELS[self.options.kernel]
+        # Chosen once: this runs in every layer of every step, and what it costs the host is in an eager figure.
+        self._attend = _pinned(member) if member else scaled_dot_product_attention
+
     def decode(
         self,
         q: Tensor,
@@ -76,29 +83,26 @@ class Sdpa(AttentionKernel):
         mask: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionKernel.decode`."""
-        from torch.nn.functional import scaled_dot_product_attention
-
         group = q.shape[1] // k.shape[1]
         # With a mask, PyTorch serves grouped heads by the math kernel alone, and the efficient kernel never
         # takes them: transformers expands them then, and so does this.
         if group > 1 and (mask is not None or self.options.kernel == "efficient"):
             k, v = _expand(k, group), _expand(v, group)
             group = 1
-        with self._pinned():
-            # The strides are those of transformers' query: PyTorch's choice of kernel may depend on them.
-            out = scaled_dot_product_attention(
-                q.unsqueeze(1).transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1
-            )
-        return out.squeeze(2)
+        return self._attend(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)
 
-    def _pinned(self) -> AbstractContextManager[Any]:
-        member = KERNELS[self.options.kernel]
-        if member is None:
-            return nullcontext()
-        from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        context: AbstractContextManager[Any] = sdpa_kernel(getattr(SDPBackend, member))
-        return context
+def _pinned(member: str) -> Callable[..., Tensor]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    backend = getattr(SDPBackend, member)
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(*args, **kwargs)
+
+    return attend
 
 
 def _expand(x: Tensor, group: int) -> Tensor:

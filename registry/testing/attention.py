@@ -200,7 +200,7 @@ class _Planned:
         s = self.shape
         rows = s.capacity if self.cache == "static" else length
         numbers = torch.Generator().manual_seed(self.seed + length)
-        q = torch.randn(s.batch_size, s.q_heads, s.head_dim, generator=numbers)
+        q = torch.randn(s.batch_size, 1, s.q_heads, s.head_dim, generator=numbers).transpose(1, 2)
         k, v = torch.randn(2, s.batch_size, s.kv_heads, rows, s.head_dim, generator=numbers)
         k[:, :, length:] *= 1000
         v[:, :, length:] *= 1000
@@ -244,9 +244,8 @@ class _Call:
         self.length = other.length
 
     def reference(self) -> Tensor:
-        """Softmax attention over the valid rows in float32, `[batch, q_heads, head_dim]`."""
+        """Softmax attention over the valid rows in float32, `[batch, q_heads, 1, head_dim]`."""
         q, k, v = self.q.float(), self.k[:, :, : self.length].float(), self.v[:, :, : self.length].float()
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        weights = (k @ q[..., None]).squeeze(-1).mul(self.scale).softmax(-1)
-        return (weights[..., None, :] @ v).squeeze(-2)
+        return (q @ k.mT).mul(self.scale).softmax(-1) @ v

@@ -89,12 +89,10 @@ class PlainBackend(Backend):
         keys.index_copy_(2, positions, k)
         values.index_copy_(2, positions, v)
         if len(positions) == 1:
-            out = self.setup.attention.decode(
-                q.squeeze(2), keys, values, kv_len=self.length, scale=width**-0.5, mask=mask
-            ).unsqueeze(1)
+            out = self.setup.attention.decode(q, keys, values, kv_len=self.length, scale=width**-0.5, mask=mask)
         else:  # the cache was empty: the prompt attends to itself
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-        return layer.o_proj(out.flatten(2))
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return layer.o_proj(out.transpose(1, 2).flatten(2))
 
     def seek(self, position):
         """Rows from `position` on are overwritten before they are read again."""
