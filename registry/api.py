@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from registry.architecture import Architecture
 from registry.hosting import materialize, tensor_bytes
-from registry.outcome import Outcome, Refused, unsupported
+from registry.outcome import BadInput, Outcome, Refused, nearest, unsupported
 from registry.weights import WeightSource
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "AttentionKernel",
     "AttentionShape",
     "Backend",
+    "BadInput",
     "LinearFormat",
     "NoOptions",
     "Outcome",
@@ -39,6 +40,7 @@ __all__ = [
     "StepBytes",
     "WeightSource",
     "materialize",
+    "nearest",
     "tensor_bytes",
     "unsupported",
 ]
@@ -118,7 +120,8 @@ class Plugin(ABC):  # noqa: B024 - the kinds below have the abstract methods
         """Refuse a cell for a reason that the class variables cannot say, before anything is loaded.
 
         Raises:
-            Refused: Make one with `unsupported(reason, what would work)`.
+            Refused: The cell cannot run here; make one with `unsupported(reason, what would work)`.
+            BadInput: An option's value cannot be meant, on no machine: the whole call is refused.
         """
 
 

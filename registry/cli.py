@@ -10,7 +10,7 @@ from registry.compose import Composer
 from registry.outcome import BadInput
 from registry.plugins import Catalog
 from registry.tracking import TrackingDown, import_records
-from registry.validate import validate
+from registry.validate import redact, validate
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,10 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _import(args.folder, args.overrides)
     except BadInput as error:
-        print(f"rfloor: {error}", file=sys.stderr)
+        print(f"rfloor: {redact(str(error))}", file=sys.stderr)
         return 2
     except TrackingDown as error:
-        print(f"rfloor: MLflow cannot be reached: {error}", file=sys.stderr)
+        print(f"rfloor: MLflow cannot be reached: {redact(str(error))}", file=sys.stderr)
         return 1
 
 

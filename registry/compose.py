@@ -32,7 +32,7 @@ from registry.plugins import KINDS, Catalog
 from registry.schema import GROUPS, Config
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.override_parser.types import Override
@@ -164,7 +164,8 @@ class Composer:
                 if OPEN_KEYS.match(key):
                     return  # which options there are depends on the group's choice: composing tells
                 known = [".".join([*seen, child]) for child in children]
-                raise BadInput(f"no key is called {key!r}: {nearest('.'.join([*seen, part]), known)}")
+                elsewhere = [path for path in _leaves(self._groups(())) if path.endswith(f".{key}")]
+                raise BadInput(f"no key is called {key!r}: {nearest('.'.join([*seen, part]), [*known, *elsewhere])}")
             seen.append(part)
             node = node._get_node(part)
 
@@ -243,6 +244,16 @@ def _texts(override: Override) -> list[str]:
     if override.is_sweep_override():
         return [f"{key}={value}" for value in override.sweep_string_iterator()]
     return [f"{key}={override.get_value_element_as_str()}"]
+
+
+def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The full path of every value."""
+    for name in map(str, node):
+        child: Any = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none():
+            yield from _leaves(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _changes_rope_scaling(override: Override) -> bool:

@@ -74,7 +74,7 @@ def measure(
     prepared = execution.prepare()
 
     stage("measure")
-    before = snapshot()
+    before = snapshot() if device == "cuda" else {}
     with quiet():
         step_times = _wall_pass(execution, protocol, device)
         last = execution.token.clone()
@@ -83,7 +83,7 @@ def measure(
         agree = bool((last == execution.token).all())
         execution.rewind()
         event_times = _event_pass(execution, protocol) if device == "cuda" else None
-    after = snapshot()
+    after = snapshot() if device == "cuda" else {}
     bytes_per_step = backend.bytes_per_step(mean_context)
     return {
         "ttft_ms": ttft_ms,

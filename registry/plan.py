@@ -177,7 +177,7 @@ class Planner:
             raise unsupported(
                 f"gpu={wanted.name} is the profile of {' or '.join(cell.config.gpu.nvml_names) or 'no device'}, "
                 f"this machine has {here.name}",
-                "Use gpu=auto here, or run this cell there",
+                _elsewhere(cell),
             )
 
     def _source_overrides(self, gpu: GpuConfig) -> None:
@@ -305,6 +305,14 @@ def _check_requirements(plugin: type[Plugin]) -> None:
                 f"{wanted.name} {found} is installed, {requirement.package} is needed",
                 requirement.install,
             )
+
+
+def _elsewhere(cell: Cell) -> str:
+    """What to do with a cell of another machine's profile."""
+    has = cell.config.gpu.memory_gb
+    if has and cell.memory_need > has * floor.GB:
+        return f"It would not run there either: it needs {cell.memory_need / floor.GB:.1f} GB, which has {has:g} GB"
+    return "Use gpu=auto here, or run this cell there"
 
 
 def _check_memory(cell: Cell) -> None:

@@ -132,7 +132,7 @@ def run_cell(cell: Cell, index: int, session: Session) -> Record:
     record.outcome = Outcome(answer.pop("outcome"))
     record.reason, record.remedy = (_sentence(answer.pop(key, "")) for key in ("reason", "remedy"))
     if record.outcome is Outcome.OK:
-        fill(record, cell, answer)
+        record = _filled(record, cell, answer)
     record.wall_s = round(time.monotonic() - clock, 3)
     records.write(record, Path(cell.config.records))
     session.interrupted |= record.outcome is Outcome.INTERRUPTED
@@ -153,6 +153,17 @@ def resolved(cell: Cell) -> dict[str, Any]:
     for key in ("tracking", "context", "records", "dry_run", "sweep_id"):
         del config[key]
     return config
+
+
+def _filled(record: Record, cell: Cell, measured: dict[str, Any]) -> Record:
+    """The record with its figures; a crash where a plugin told something that none can be made of."""
+    filled = dataclasses.replace(record)
+    try:
+        fill(filled, cell, measured)
+        return records.from_plain(filled.plain())
+    except Exception as error:  # no answer of a plugin may cost the other cells theirs
+        reason = f"what the worker answered makes no record: {type(error).__name__}: {error}"
+        return dataclasses.replace(record, outcome=Outcome.CRASH, reason=_sentence(reason))
 
 
 def fill(record: Record, cell: Cell, measured: dict[str, Any]) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import secrets
 import signal
 import sys
+import traceback
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.experimental.callback import Callback
@@ -80,7 +81,7 @@ def prepare(arguments: Sequence[str]) -> None:
     """
     global _sweep
     try:
-        args = get_args_parser().parse_args(list(arguments))
+        args = _parse(arguments)
         composer = _composer()
         if any(getattr(args, flag) for flag in ABOUT):
             _check_about(args, composer)
@@ -94,6 +95,21 @@ def prepare(arguments: Sequence[str]) -> None:
         sys.exit(0)
 
 
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags and the overrides.
+
+    Raises:
+        BadInput: A flag is unknown, or stands behind the overrides.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise BadInput(f"{message}. Flags come before the overrides: python runner.py -m quant=none,nf4")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(list(arguments))
+
+
 def _check_about(args: argparse.Namespace, composer: Composer) -> None:
     """Refuse what Hydra would answer with a traceback or with exit code 1.
 
@@ -104,6 +120,8 @@ def _check_about(args: argparse.Namespace, composer: Composer) -> None:
         return
     if args.multirun and (args.cfg or args.info):
         raise BadInput("--cfg and --info tell about one cell: leave out -m")
+    if args.resolve and not args.cfg:
+        raise BadInput("--resolve goes with --cfg")
     for job_overrides in composer.jobs(args.overrides, multirun=args.multirun):
         composer.cell(job_overrides)
 
@@ -164,10 +182,16 @@ class SweepCallback(Callback):
         """Run every cell.
 
         Raises:
-            SystemExit: 0 when every cell is ok, oom or unsupported and logged, else 1.
+            SystemExit: 0 when every cell is ok, oom or unsupported and logged, else 1. Whatever else were to leave
+                this method Hydra would swallow, and measure every cell again in its own way.
         """
         assert _sweep is not None, "runner.py calls prepare() before Hydra's main"
-        raise SystemExit(run(_sweep, config))
+        try:
+            code = run(_sweep, config)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        raise SystemExit(code)
 
 
 def run(sweep: Sweep, config: DictConfig) -> int:

@@ -55,7 +55,7 @@ VIEW_COLUMNS = {
     "params.model.name": 110,
     "params.gpu.name": 90,
 }
-"""Columns of the view in order, and their widths in pixels; a run's name begins with its model and GPU."""
+"""Columns of the view in order, and their widths in pixels; a run's name begins with its quant and execution."""
 QUIET_CLIENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # no background thread beside a timed child
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is down is told in seconds, not in minutes
@@ -244,6 +244,7 @@ def tags(record: Record) -> dict[str, str]:
         "gpu_name": device.get("name", ""),
         "driver": device.get("driver", ""),
         "git_commit": git.get("commit", ""),
+        "git_dirty": git.get("dirty", ""),
         **{f"version.{name}": version for name, version in environment.get("versions", {}).items()},
     }
     return {key: str(value)[:TAG_LIMIT] for key, value in found.items() if value}

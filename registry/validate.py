@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -145,10 +146,25 @@ def _folder(key: str, name: str) -> Iterator[str]:
             there = there.parent
         if not there.is_dir():
             yield f"{key}={name}: {there} is no folder"
-        elif not os.access(there, os.W_OK):
-            yield f"{key}={name} cannot be written"
+        elif why := _unwritable(there.absolute()):
+            yield f"{key}={name} cannot be written: {why}"
     except (OSError, ValueError) as error:
         yield f"{key}={name}: {error}"
+
+
+@cache
+def _unwritable(place: Path) -> str:
+    """Why a file or a folder cannot be written, empty if it can be; permissions alone say little to root."""
+    try:
+        if place.is_dir():
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        else:
+            with place.open("r+b"):
+                pass
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _tracking(tracking: TrackingConfig) -> Iterator[str]:
@@ -195,8 +211,10 @@ def _sqlite(name: str, uri: str) -> Iterator[str]:
         elif not file.parent.is_dir():
             yield f"{told}: there is no folder {file.parent}"
         # SQLite keeps its journal beside the database, so the folder has to be writable too.
-        elif not all(os.access(place, os.W_OK) for place in (file, file.parent) if place.exists()):
-            yield f"{told} cannot be written"
+        elif why := next(
+            filter(None, (_unwritable(place.absolute()) for place in (file.parent, file) if place.exists())), ""
+        ):
+            yield f"{told} cannot be written: {why}"
         elif file.exists() and file.stat().st_size:
             with file.open("rb") as stream:
                 if stream.read(len(SQLITE_MAGIC)) != SQLITE_MAGIC:

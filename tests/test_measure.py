@@ -346,6 +346,11 @@ def prefilled(kind: type[Counter], architecture: Architecture, device: str, exec
     return EXECUTIONS[execution](backend, first, CONTEXT, room)
 
 
+def proof(steps: int) -> Any:
+    """A capture that agrees with eager in every step."""
+    return {"proof_steps": steps, "proof_agreed": steps, "proof_correlation": pytest.approx(1)}
+
+
 def tokens(execution: Execution, steps: int) -> list[list[int]]:
     found = []
     for _ in range(steps):
@@ -357,7 +362,7 @@ def tokens(execution: Execution, steps: int) -> list[list[int]]:
 def test_a_replayed_step_feeds_back_its_token_and_moves_on(small: Architecture, capturing: str) -> None:
     with torch.inference_mode():
         graph = prefilled(Counter, small, capturing, "cuda_graph")
-        assert graph.prepare() == {"proof_steps": PROOF_STEPS, "proof_agreed": PROOF_STEPS}
+        assert graph.prepare() == proof(PROOF_STEPS)
         calls = len(graph.backend.collecting)
         expected = following(graph.first_token.tolist(), 12)[1:]
         assert tokens(graph, 12) == expected
@@ -374,7 +379,7 @@ def test_a_replayed_step_feeds_back_its_token_and_moves_on(small: Architecture, 
 def test_a_capture_leaves_the_position_where_the_prefill_did(small: Architecture, capturing: str) -> None:
     with torch.inference_mode():
         graph = prefilled(Counter, small, capturing, "cuda_graph", room=4)
-        assert graph.prepare() == {"proof_steps": 4, "proof_agreed": 4}
+        assert graph.prepare() == proof(4)
         assert graph.backend.position() == CONTEXT
         assert torch.equal(graph.token, graph.first_token)
 
@@ -406,13 +411,61 @@ def test_a_position_on_the_host_makes_a_graph_incorrect(small: Architecture, cap
         with pytest.raises(Refused) as caught:
             graph.prepare()
     assert caught.value.refusal.outcome is Outcome.INCORRECT
-    assert "chose another token than the eager step, 2 in" in caught.value.refusal.reason
+    assert "on the same token, 2 in; 0.999 is the least" in caught.value.refusal.reason
 
 
-def test_a_choice_within_rounding_proves_nothing_and_refutes_nothing(small: Architecture, capturing: str) -> None:
+def test_a_choice_within_rounding_is_settled_by_the_other_logits(small: Architecture, capturing: str) -> None:
     with torch.inference_mode():
         graph = prefilled(OnTheHostUnsure, small, capturing, "cuda_graph")
-        assert graph.prepare() == {"proof_steps": PROOF_STEPS, "proof_agreed": 1}
+        with pytest.raises(Refused) as caught:
+            graph.prepare()
+    assert caught.value.refusal.outcome is Outcome.INCORRECT
+    assert "'s logits correlate by -0.0" in caught.value.refusal.reason
+    assert "on the same token, 2 in; 0.999 is the least" in caught.value.refusal.reason
+
+
+class FlatOnTheHost(OnTheHost):
+    """As its parent, and its logits say nothing of the position."""
+
+    def logits(self, token: Tensor, position: Any) -> Tensor:
+        return torch.linspace(0, 1, VOCAB, device=self.setup.device).expand(len(token), -1)
+
+    def position(self) -> int:
+        return self.place
+
+
+def test_a_position_that_replays_leave_where_it_was_makes_a_graph_incorrect(
+    small: Architecture, capturing: str
+) -> None:
+    with torch.inference_mode():
+        graph = prefilled(FlatOnTheHost, small, capturing, "cuda_graph")
+        with pytest.raises(Refused) as caught:
+            graph.prepare()
+    assert caught.value.refusal.outcome is Outcome.INCORRECT
+    assert caught.value.refusal.reason == (
+        f"{PROOF_STEPS} replays of the graph moved the position by 0: it has to live on the device"
+    )
+
+
+class Wavering(Counter):
+    """Two tokens lead by turns, by less than bf16 can tell; the other logits are always the same."""
+
+    calls = 0
+
+    def logits(self, token: Tensor, position: Any) -> Tensor:
+        type(self).calls += 1
+        likely = torch.linspace(0, 1, VOCAB, device=self.setup.device)
+        likely[-2:] = 1
+        likely[-1 - self.calls % 2] += 2**-9
+        return likely.expand(len(token), -1)
+
+
+def test_a_choice_within_rounding_may_differ(small: Architecture, capturing: str) -> None:
+    with torch.inference_mode():
+        graph = prefilled(Wavering, small, capturing, "cuda_graph")
+        found = graph.prepare()
+    assert found["proof_steps"] == PROOF_STEPS > found["proof_agreed"]
+    assert 0.999 < found["proof_correlation"] < 1
 
 
 class NotCapturable(Counter):
@@ -442,7 +495,7 @@ def test_a_measurement_on_cuda_times_a_third_pass_by_events(small: Architecture,
     assert all(0 < t < 1000 for t in measured["event_times_ms"])
     assert measured["final_position"] == CONTEXT + STEPS_A_PASS, "the third pass is the last to move it"
     assert measured["passes_agree"] is True
-    graphed = {"proof_steps": STEPS_A_PASS, "proof_agreed": STEPS_A_PASS, "replays": 3 * STEPS_A_PASS}
+    graphed = proof(STEPS_A_PASS) | {"replays": 3 * STEPS_A_PASS}
     assert measured["execution"] == (graphed if execution == "cuda_graph" else {})
     assert 0 < measured["decode_peak_memory_bytes"] <= measured["peak_memory_bytes"]
 

@@ -206,6 +206,7 @@ FAULTY = {
         r"^no-such-package-anywhere is not installed$",
         "^pip install no-such-package-anywhere$",
     ),
+    "miscounts": ("crash", "^what the worker answered makes no record: TypeError: .*NoneType", ""),
     "wrong": ("incorrect", r"logits reach a cosine of -?0\.\d+ with plain transformers", ""),
     "noisy": ("ok", "^$", ""),
 }

@@ -198,6 +198,7 @@ def test_a_run_holds_all_of_a_measured_cell(store: Store, folder: Path, cell: Ce
         "gpu_name": "NVIDIA L4",
         "driver": "570.86.15",
         "git_commit": "c0ffee",
+        "git_dirty": "false",
         "version.torch": "2.13.0",
     }
     assert {f.path for f in store.client.list_artifacts(run_id)} == {"cell.json", "worker.log", "config.yaml"}
@@ -486,6 +487,7 @@ def test_rfloor_import_exits_with_1_for_what_is_no_record(
         (["tracking.urn=x"], "tracking.urn"),
         (["tracking=lokal"], "did you mean local?"),
         (["tracking.uri=ftp://me:hunter2@host"], "ftp://***@host"),
+        (["tracking.uri=http://me:hunter2,x@host"], "tracking.uri=http://***@host: several values are a sweep"),
         (["tracking.experiment=''"], "tracking.experiment is empty"),
     ],
 )

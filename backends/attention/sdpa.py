@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from registry.api import AttentionKernel, unsupported
+from registry.api import AttentionKernel, BadInput, nearest, unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +51,7 @@ class Sdpa(AttentionKernel):
         """See `Plugin.check`."""
         kernel = request.options.kernel
         if kernel not in KERNELS:
-            raise unsupported(f"sdpa has no kernel called {kernel!r}", f"Known: {', '.join(KERNELS)}")
+            raise BadInput(f"attention.options.kernel={kernel}: {nearest(kernel, KERNELS)}")
         if kernel in ("efficient", "cudnn") and request.device == "cpu":
             raise unsupported(
                 f"the {kernel} kernel of scaled_dot_product_attention is a CUDA kernel, this device is the CPU",

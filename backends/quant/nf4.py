@@ -10,12 +10,16 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from registry.api import LinearFormat, Requirement, unsupported
+from registry.api import BadInput, LinearFormat, Requirement, nearest, unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from registry.api import Request
+
 ROWS = 32  # the CPU kernel's tile of output rows
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Weights an absmax that bitsandbytes 0.50 knows."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,12 @@ class Nf4(LinearFormat):
     requires = (Requirement("bitsandbytes>=0.50", "pip install -e '.[nf4]'"),)
     executions = ("eager", "cuda_graph")
     Options = Nf4Options
+
+    @classmethod
+    def check(cls, request: Request) -> None:
+        """See `Plugin.check`."""
+        if request.options.block_size not in BLOCKS:
+            raise BadInput(f"quant.options.block_size={request.options.block_size}: {nearest('', map(str, BLOCKS))}")
 
     def convert(self, linear: nn.Linear) -> nn.Module:
         """See `LinearFormat.convert`."""

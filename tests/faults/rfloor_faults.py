@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends.hf import HfBackend
 from backends.quant.none import NoQuant
-from registry.api import Backend, Requirement, Setup, unsupported
+from registry.api import Backend, Requirement, Setup, StepBytes, unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,6 +118,13 @@ class OtherWeights(NoQuant):
 class Wrong(HfBackend):
     def __init__(self, setup: Setup) -> None:
         super().__init__(replace(setup, linear=OtherWeights(None)))
+
+
+class Miscounts(HfBackend):
+    """Decodes well, and tells of its bytes what nobody can add."""
+
+    def bytes_per_step(self, context: float) -> StepBytes:
+        return StepBytes(None, 0)  # type: ignore[arg-type]
 
 
 class Noisy(HfBackend):
