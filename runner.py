@@ -25,5 +25,5 @@ def main(config: DictConfig) -> Any:
 
 
 if __name__ == "__main__":
-    prepare(sys.argv[1:])
+    sys.argv[1:] = prepare(sys.argv[1:])
     main()

@@ -112,6 +112,10 @@ class Composer:
         self._check_hydra([override.input_line or "" for override in parsed if override.is_hydra_override()])
         return [list(job) for job in itertools.product(*axes.values())]
 
+    def hydra_overrides(self, overrides: Sequence[str]) -> list[str]:
+        """Those of a call's overrides that set Hydra's own keys."""
+        return [text for text in overrides if self._parser.parse_overrides([text])[0].is_hydra_override()]
+
     def _check(self, override: Override, multirun: bool) -> None:
         text, key = override.input_line or "", override.key_or_group
         if "_target_" in text:

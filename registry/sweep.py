@@ -70,11 +70,16 @@ _sweep: Sweep | None = None
 _running: Running | None = None
 
 
-def prepare(arguments: Sequence[str]) -> None:
+def prepare(arguments: Sequence[str]) -> list[str]:
     """Compose and plan every cell of a call before Hydra's main is entered.
 
     Args:
         arguments: The command line without the program's name.
+
+    Returns:
+        The command line for Hydra's main. A sweep's overrides are not in it: Hydra would apply those that are no
+        axis to the defaults, where `quant.options.block_size=32` has no place beside `quant=nf4,...`; each cell's
+        are given to the launcher.
 
     Raises:
         SystemExit: 2 for bad input, 0 after a dry run.
@@ -85,7 +90,7 @@ def prepare(arguments: Sequence[str]) -> None:
         composer = _composer()
         if any(getattr(args, flag) for flag in ABOUT):
             _check_about(args, composer)
-            return
+            return list(arguments)
         _sweep = preflight(args, composer)
     except BadInput as error:
         print(f"rfloor: {redact(str(error))}", file=sys.stderr)
@@ -93,6 +98,8 @@ def prepare(arguments: Sequence[str]) -> None:
     if any(cell.config.dry_run for cell in _sweep.cells):
         tell_plan(_sweep.cells)
         sys.exit(0)
+    cells_own = set(args.overrides) - set(composer.hydra_overrides(args.overrides))
+    return [argument for argument in arguments if argument not in cells_own]
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -280,6 +280,14 @@ def test_a_sweep_of_answers_exits_with_0(answered: Sweep) -> None:
     assert_nothing_left(answered)
 
 
+def test_an_axis_s_own_options_hold_for_each_of_its_cells(start: Start) -> None:
+    """Hydra alone would look for them beside the default, which has none, before it sees the axis."""
+    sweep = start("backend=refuses", "quant=nf4,nf4", "quant.options.block_size=128").end()
+    assert sweep.code == 0, sweep.stderr
+    found = [(record["outcome"], record["config"]["quant"]["options"]) for record in sweep.records()]
+    assert found == [("unsupported", {"block_size": 128})] * 2
+
+
 # Hanging, and signals
 
 
