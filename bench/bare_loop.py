@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ def make_model(config: Any, device: str) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
 
 
+def pinned(kernel: str) -> AbstractContextManager[Any]:
+    """Inside, PyTorch attends by one kernel alone, or by its own choice (`default`)."""
+    return nullcontext() if kernel == "default" else sdpa_kernel(SDPA[kernel])
+
+
 def decode(model: Any, context: int, cache_kind: str, device: str, sdpa: str = "default") -> list[float]:
     """Prefill, then milliseconds of each measured step."""
     synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -44,7 +49,7 @@ def decode(model: Any, context: int, cache_kind: str, device: str, sdpa: str = "
     prompt = torch.randint(model.config.vocab_size, (1, context), device=device)
     token = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
     times = []
-    with nullcontext() if sdpa == "default" else sdpa_kernel(SDPA[sdpa]):
+    with pinned(sdpa):
         for _ in range(WARMUP + MEASURED):
             synchronise()
             start = time.perf_counter_ns()

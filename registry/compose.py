@@ -77,6 +77,7 @@ class Composer:
 
     def __init__(self, catalog: Catalog) -> None:
         register(catalog)
+        self.catalog = catalog
         self._loader = ConfigLoaderImpl(config_search_path=create_config_search_path(str(CONF)))
         self._parser = OverridesParser.create(config_loader=self._loader)
         self._composed: dict[tuple[str, ...], DictConfig] = {}
@@ -112,9 +113,9 @@ class Composer:
         self._check_hydra([override.input_line or "" for override in parsed if override.is_hydra_override()])
         return [list(job) for job in itertools.product(*axes.values())]
 
-    def hydra_overrides(self, overrides: Sequence[str]) -> list[str]:
-        """Those of a call's overrides that set Hydra's own keys."""
-        return [text for text in overrides if self._parser.parse_overrides([text])[0].is_hydra_override()]
+    def cell_overrides(self, overrides: Sequence[str]) -> list[str]:
+        """Those of a call's overrides that are its cells' and not Hydra's own."""
+        return [text for text in overrides if not self._parser.parse_overrides([text])[0].is_hydra_override()]
 
     def _check(self, override: Override, multirun: bool) -> None:
         text, key = override.input_line or "", override.key_or_group

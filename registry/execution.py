@@ -139,8 +139,6 @@ class CudaGraph(Execution):
         """Replay on the tokens that eager was given, and hold each step's outcome against eager's."""
         agreed, least = 0, 1.0
         for index, eager in enumerate(expected):
-            if index:
-                self.token.copy_(expected[index - 1].argmax(dim=-1))
             self.step()
             correlation = float(_correlation(self.logits.float(), eager).min())
             if not correlation >= MIN_CORRELATION:  # a NaN is not at least anything
@@ -149,7 +147,8 @@ class CudaGraph(Execution):
                     f"the replayed graph's logits correlate by {correlation:.5f} with the eager step's on the same "
                     f"token, {index + 1} in; {MIN_CORRELATION} is the least",
                 )
-            differs = self.token != eager.argmax(dim=-1)
+            choice = eager.argmax(dim=-1)
+            differs = self.token != choice
             top = eager.topk(2, dim=-1).values
             if bool((differs & (top[:, 0] - top[:, 1] > noise(eager))).any()):
                 raise Refused(
@@ -158,6 +157,7 @@ class CudaGraph(Execution):
                 )
             agreed += not bool(differs.any())
             least = min(least, correlation)
+            self.token.copy_(choice)  # what eager's next step was given
         moved = self.backend.position() - self.position
         if moved != len(expected):
             raise Refused(

@@ -98,8 +98,8 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     if any(cell.config.dry_run for cell in _sweep.cells):
         tell_plan(_sweep.cells)
         sys.exit(0)
-    cells_own = set(args.overrides) - set(composer.hydra_overrides(args.overrides))
-    return [argument for argument in arguments if argument not in cells_own]
+    kept_back = composer.cell_overrides(args.overrides)
+    return [argument for argument in arguments if argument not in kept_back]
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -171,15 +171,16 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
 
 @cache
 def _composer() -> Composer:
-    """This process's composer: what it composed for the preflight serves the planner too."""
+    """This process's composer: what it composed and found for the preflight serves the planner too."""
     return Composer(Catalog())
 
 
 @cache
 def _planner() -> Planner:
     """This process's planner; a launcher's remote process makes its own."""
-    profiles = {config.gpu.name: config.gpu for config in _composer().profiles()}
-    return Planner(Catalog(), profiles, find_device())
+    composer = _composer()
+    profiles = {config.gpu.name: config.gpu for config in composer.profiles()}
+    return Planner(composer.catalog, profiles, find_device())
 
 
 class SweepCallback(Callback):

@@ -146,15 +146,20 @@ def _folder(key: str, name: str) -> Iterator[str]:
             there = there.parent
         if not there.is_dir():
             yield f"{key}={name}: {there} is no folder"
-        elif why := _unwritable(there.absolute()):
+        elif why := _unwritable(there):
             yield f"{key}={name} cannot be written: {why}"
     except (OSError, ValueError) as error:
         yield f"{key}={name}: {error}"
 
 
+def _unwritable(*places: Path) -> str:
+    """Why the first of the files and folders there that cannot be written cannot; empty if all can be."""
+    return next(filter(None, (_refusal(place.absolute()) for place in places if place.exists())), "")
+
+
 @cache
-def _unwritable(place: Path) -> str:
-    """Why a file or a folder cannot be written, empty if it can be; permissions alone say little to root."""
+def _refusal(place: Path) -> str:
+    """What the system says to writing a file or into a folder: permissions alone say little to root."""
     try:
         if place.is_dir():
             with tempfile.TemporaryFile(dir=place):
@@ -211,9 +216,7 @@ def _sqlite(name: str, uri: str) -> Iterator[str]:
         elif not file.parent.is_dir():
             yield f"{told}: there is no folder {file.parent}"
         # SQLite keeps its journal beside the database, so the folder has to be writable too.
-        elif why := next(
-            filter(None, (_unwritable(place.absolute()) for place in (file.parent, file) if place.exists())), ""
-        ):
+        elif why := _unwritable(file.parent, file):
             yield f"{told} cannot be written: {why}"
         elif file.exists() and file.stat().st_size:
             with file.open("rb") as stream:

@@ -22,7 +22,7 @@ from registry.api import Architecture, Backend, NoOptions, Setup, StepBytes
 from registry.execution import EXECUTIONS, PROOF_STEPS, Execution
 from registry.fidelity import LAYERS, MIN_COSINE, PREFIX, STEPS, Fidelity, compare
 from registry.measure import PROBE_BYTES, PROBE_REPEATS, measure, quiet, read_bandwidth
-from registry.outcome import Outcome, Refused
+from registry.outcome import Outcome, Refusal, Refused
 from registry.schema import ProtocolConfig
 from registry.weights import RandomWeights
 
@@ -405,23 +405,24 @@ class OnTheHostUnsure(OnTheHost):
         return super().logits(token, position) * 0.01 + 1
 
 
+def refused(kind: type[Counter], architecture: Architecture, device: str) -> Refusal:
+    """Why no graph is made of a backend's step."""
+    with torch.inference_mode(), pytest.raises(Refused) as caught:
+        prefilled(kind, architecture, device, "cuda_graph").prepare()
+    return caught.value.refusal
+
+
 def test_a_position_on_the_host_makes_a_graph_incorrect(small: Architecture, capturing: str) -> None:
-    with torch.inference_mode():
-        graph = prefilled(OnTheHost, small, capturing, "cuda_graph")
-        with pytest.raises(Refused) as caught:
-            graph.prepare()
-    assert caught.value.refusal.outcome is Outcome.INCORRECT
-    assert "on the same token, 2 in; 0.999 is the least" in caught.value.refusal.reason
+    refusal = refused(OnTheHost, small, capturing)
+    assert refusal.outcome is Outcome.INCORRECT
+    assert "on the same token, 2 in; 0.999 is the least" in refusal.reason
 
 
 def test_a_choice_within_rounding_is_settled_by_the_other_logits(small: Architecture, capturing: str) -> None:
-    with torch.inference_mode():
-        graph = prefilled(OnTheHostUnsure, small, capturing, "cuda_graph")
-        with pytest.raises(Refused) as caught:
-            graph.prepare()
-    assert caught.value.refusal.outcome is Outcome.INCORRECT
-    assert "'s logits correlate by -0.0" in caught.value.refusal.reason
-    assert "on the same token, 2 in; 0.999 is the least" in caught.value.refusal.reason
+    refusal = refused(OnTheHostUnsure, small, capturing)
+    assert refusal.outcome is Outcome.INCORRECT
+    assert "'s logits correlate by -0.0" in refusal.reason
+    assert "on the same token, 2 in; 0.999 is the least" in refusal.reason
 
 
 class FlatOnTheHost(OnTheHost):
@@ -437,12 +438,9 @@ class FlatOnTheHost(OnTheHost):
 def test_a_position_that_replays_leave_where_it_was_makes_a_graph_incorrect(
     small: Architecture, capturing: str
 ) -> None:
-    with torch.inference_mode():
-        graph = prefilled(FlatOnTheHost, small, capturing, "cuda_graph")
-        with pytest.raises(Refused) as caught:
-            graph.prepare()
-    assert caught.value.refusal.outcome is Outcome.INCORRECT
-    assert caught.value.refusal.reason == (
+    refusal = refused(FlatOnTheHost, small, capturing)
+    assert refusal.outcome is Outcome.INCORRECT
+    assert refusal.reason == (
         f"{PROOF_STEPS} replays of the graph moved the position by 0: it has to live on the device"
     )
 
@@ -453,7 +451,7 @@ class Wavering(Counter):
     calls = 0
 
     def logits(self, token: Tensor, position: Any) -> Tensor:
-        type(self).calls += 1
+        self.calls += 1
         likely = torch.linspace(0, 1, VOCAB, device=self.setup.device)
         likely[-2:] = 1
         likely[-1 - self.calls % 2] += 2**-9
@@ -474,9 +472,7 @@ class NotCapturable(Counter):
 
 
 def test_a_step_that_asks_the_host_is_unsupported(small: Architecture, capturing: str) -> None:
-    with torch.inference_mode(), pytest.raises(Refused) as caught:
-        prefilled(NotCapturable, small, capturing, "cuda_graph").prepare()
-    refusal = caught.value.refusal
+    refusal = refused(NotCapturable, small, capturing)
     assert refusal.outcome is Outcome.UNSUPPORTED
     assert refusal.reason.startswith("the step cannot be captured: ")
     assert "\n" not in refusal.reason
