@@ -20,8 +20,9 @@ PROOF_STEPS = 16
 MIN_CORRELATION = 0.999
 """Of a replay's logits with the eager step's on the same token and cache.
 
-On one H200 (2026-11-22, 8 steps, random weights) a repeated eager step kept 0.9999 at least, and one at the position
-where the capture was made fell to 0.9989 (qwen2.5-7b, context 2048) and 0.978 (llama-3.1-8b, 16384).
+On one H200 (2026-11-22, random weights, docs/results/2026-11-22-h200) the replays of 26 runs kept 0.9997 at least; a
+step at the position where the capture was made fell to 0.9989 (qwen2.5-7b, context 2048) and to 0.978 (llama-3.1-8b,
+16384).
 """
 CAPTURE_WARMUPS = 3
 """Side-stream steps before a capture, as PyTorch's documentation of CUDA graphs asks for."""
