@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bare_loop import pinned
+from bare_loop import SDPA, pinned
 from torch.nn.functional import scaled_dot_product_attention
 
-KERNELS = ("default", "cudnn", "flash", "math")
+KERNELS = ("default", *SDPA)
 Q_HEADS, KV_HEADS, HEAD_DIM = 28, 4, 128
 LENGTHS = 40
 REPEATS = 6
