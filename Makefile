@@ -1,11 +1,13 @@
 # make run / make test need python3 (3.11 or newer), pip and make; everything else is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
+LEGACY := .legacy
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+EXTRAS ?= nf4,gptq,exl2
 
-.PHONY: run test lint ui bench clean
+.PHONY: run test lint ui bench legacy clean
 
 run: $(VENV)/run.stamp  ## measure: make run ARGS="-m quant=none,nf4"
 	@$(BIN)/python runner.py $(ARGS)
@@ -30,12 +32,25 @@ $(BIN)/python:
 
 $(VENV)/run.stamp: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing rfloor into $(VENV); the first time takes some minutes."
-	$(INSTALL) --editable ".[nf4]"
+	rm -rf rfloor.egg-info  # an old one would hide new plugins from whoever runs in this folder
+	$(INSTALL) --editable ".[$(EXTRAS)]"
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(INSTALL) --editable ".[dev]"
 	@touch $@
 
+legacy: $(LEGACY)/stamp  ## autoawq and auto-gptq, abandoned upstream, in an environment of their own
+
+$(LEGACY)/stamp: legacy.txt
+	@echo "Installing transformers 4.51, autoawq and auto-gptq into $(LEGACY)."
+	$(PYTHON) -m venv $(LEGACY)
+	$(LEGACY)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(LEGACY)/bin/python -m pip install --quiet --disable-pip-version-check --requirement legacy.txt
+	$(LEGACY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps autoawq==0.2.9
+	BUILD_CUDA_EXT=0 $(LEGACY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation --no-binary auto-gptq auto-gptq==0.7.1
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LEGACY) .pytest_cache .mypy_cache .ruff_cache

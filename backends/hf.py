@@ -134,8 +134,9 @@ class HfBackend(Backend):
         for name, module in self.model.named_modules():
             if name in self._converted:
                 yield f"{name}.weight", self.setup.linear.dequantize(module)
-                if isinstance(getattr(module, "bias", None), _tensor_type()):
-                    yield f"{name}.bias", module.bias
+                bias = self.setup.linear.bias(module)
+                if bias is not None:
+                    yield f"{name}.bias", bias
             elif not _inside(name, self._converted):
                 for leaf, parameter in module.named_parameters(recurse=False):
                     yield f"{name}.{leaf}", parameter.detach()
@@ -165,9 +166,3 @@ def _inside(name: str, converted: Mapping[str, nn.Module]) -> bool:
     """Whether a module is a part of a converted layer, whose tensors its format has already told."""
     parents = name.split(".")
     return any(".".join(parents[:depth]) in converted for depth in range(1, len(parents)))
-
-
-def _tensor_type() -> type:
-    import torch
-
-    return torch.Tensor

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from registry.architecture import Architecture
+from registry.checkpoint import CheckpointFormat, Stored
 from registry.hosting import materialize, tensor_bytes
 from registry.outcome import BadInput, Outcome, Refused, nearest, unsupported
-from registry.weights import WeightSource
+from registry.weights import FolderWeights, WeightSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,15 +30,19 @@ __all__ = [
     "AttentionShape",
     "Backend",
     "BadInput",
+    "CheckpointFormat",
+    "FolderWeights",
     "LinearFormat",
     "NoOptions",
     "Outcome",
     "Plugin",
+    "Quant",
     "Refused",
     "Request",
     "Requirement",
     "Setup",
     "StepBytes",
+    "Stored",
     "WeightSource",
     "materialize",
     "nearest",
@@ -80,6 +85,8 @@ class Request:
         device: `cpu` or `cuda`.
         capability: CUDA compute capability, `None` on the CPU.
         options: This plugin's own options, an instance of its `Options`.
+        quant_options: The linear format's.
+        attention_options: The attention kernel's.
     """
 
     architecture: Architecture
@@ -93,6 +100,8 @@ class Request:
     device: str
     capability: tuple[int, int] | None
     options: Any
+    quant_options: Any
+    attention_options: Any
 
 
 class Plugin(ABC):  # noqa: B024 - the kinds below have the abstract methods
@@ -115,6 +124,28 @@ class Plugin(ABC):  # noqa: B024 - the kinds below have the abstract methods
     caches: ClassVar[tuple[str, ...]] = ("dynamic", "static")
     Options: ClassVar[type] = NoOptions
 
+    @classmethod
+    def kernel_names(cls, options: Any, device: str) -> tuple[str, ...]:
+        """Regular expressions, each of which a kernel of the step has to match, seen by a profiler after the timing.
+
+        A step in which one is missing was done by something else, and is `unsupported`. On the CPU the names are
+        those of operators (`aten::mm`).
+        """
+        return ()
+
+    @classmethod
+    def builds(cls, options: Any, device: str) -> str:
+        """What `build` compiles, for a message; empty where nothing is compiled."""
+        return ""
+
+    @classmethod  # noqa: B027 - most plugins compile nothing
+    def build(cls, options: Any, device: str) -> None:
+        """Compile what compiles at its first use. Called in the cell's own process, before anything is loaded.
+
+        Raises:
+            Exception: What the compiler says ends the cell as `missing_dependency`.
+        """
+
     @classmethod  # noqa: B027 - most plugins have nothing to add
     def check(cls, request: Request) -> None:
         """Refuse a cell for a reason that the class variables cannot say, before anything is loaded.
@@ -125,11 +156,34 @@ class Plugin(ABC):  # noqa: B024 - the kinds below have the abstract methods
         """
 
 
-class LinearFormat(Plugin):
-    """How one linear layer is stored and multiplied. Made with its options, then asked layer by layer."""
+class Quant(Plugin):
+    """How the weights of linear layers are stored. Made with its options.
+
+    On its own (with `CheckpointFormat`) the storage of a runtime that brings its own body: a backend that names it in
+    its `formats` reads it. `LinearFormat` is what any body hosts.
+    """
 
     def __init__(self, options: Any) -> None:
         self.options = options
+
+
+class LinearFormat(Quant):
+    """How one linear layer is stored and multiplied, asked layer by layer."""
+
+    def from_tensors(self, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Make a layer of what a checkpoint holds for it, in a format that reads checkpoints (`CheckpointFormat`).
+
+        Args:
+            linear: The layer, its weight on the meta device, its bias where the result has to live.
+            tensors: What stands for its weight, by the last part of the name; each look reads it anew.
+
+        Returns:
+            As `convert`.
+
+        Raises:
+            Refused: The tensors are damaged, or the kernel does not take the layer.
+        """
+        raise unsupported(f"{type(self).__name__} reads no quantised checkpoint")
 
     @abstractmethod
     def convert(self, linear: nn.Linear) -> nn.Module:
@@ -140,8 +194,7 @@ class LinearFormat(Plugin):
                 which the result has to live, in the model's dtype. May be consumed.
 
         Returns:
-            A module that maps `[..., in_features]` to `[..., out_features]` in the same dtype. Its attribute
-            `bias` is the layer's bias, or `None`.
+            A module that maps `[..., in_features]` to `[..., out_features]` in the same dtype.
 
         Raises:
             Refused: The layer's shape does not fit the format.
@@ -150,6 +203,11 @@ class LinearFormat(Plugin):
     @abstractmethod
     def dequantize(self, module: nn.Module) -> Tensor:
         """The weight that `module` multiplies with, `[out_features, in_features]`, in the model's dtype."""
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        """What `module` adds, `[out_features]`, or `None`. The default is the module's attribute `bias`."""
+        found: Any = getattr(module, "bias", None)
+        return None if found is None else found.detach()
 
     def stored(self, module: nn.Module) -> list[Tensor]:
         """Every tensor that a multiplication reads, as stored: packed weights, scales, zeros, bias.
@@ -241,7 +299,7 @@ class Setup:
         dtype: The torch dtype of activations, cache and unquantised weights.
         batch_size: Streams.
         cache: `dynamic` or `static`.
-        linear: The format that hosts the linear layers.
+        linear: The format that hosts the linear layers, or the storage that the body itself reads.
         attention: The kernel that attends in a decode step.
         options: The backend's own options, an instance of its `Options`.
     """
@@ -252,7 +310,7 @@ class Setup:
     dtype: Any
     batch_size: int
     cache: str
-    linear: LinearFormat
+    linear: Any
     attention: AttentionKernel
     options: Any
 
@@ -276,10 +334,23 @@ class Backend(Plugin):
     Class variables:
         formats: Names of the linear formats it hosts; `None` is any.
         attentions: Names of the attention kernels it hosts; `None` is any.
+        hosting: Whether it calls its format's layers and its attention kernel. A runtime with kernels of its own only
+            reads what they say, and refuses in `check` what it does not follow.
+        tags: What every run of it is tagged with, beside what the harness says.
     """
 
     formats: ClassVar[tuple[str, ...] | None] = None
     attentions: ClassVar[tuple[str, ...] | None] = None
+    hosting: ClassVar[bool] = True
+    tags: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def environment(cls, options: Any) -> str:
+        """The virtual environment that its cells run in, from the checkout's root on; empty is rfloor's own.
+
+        The plugins of such a cell are imported in both.
+        """
+        return ""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup

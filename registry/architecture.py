@@ -97,6 +97,20 @@ class Architecture:
         """Parameters that a decode step reads: all but an input embedding of which one row is read."""
         return self.parameters - (0 if self.tied_embeddings else self.embedding_parameters)
 
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """`(in_features, out_features)` of a block's linear layers, by their transformers names inside it."""
+        q, kv = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (self.hidden, q),
+            "self_attn.k_proj": (self.hidden, kv),
+            "self_attn.v_proj": (self.hidden, kv),
+            "self_attn.o_proj": (q, self.hidden),
+            "mlp.gate_proj": (self.hidden, self.ffn),
+            "mlp.up_proj": (self.hidden, self.ffn),
+            "mlp.down_proj": (self.ffn, self.hidden),
+        }
+
     def kv_bytes_per_token(self, element_bytes: int = 2) -> int:
         """Bytes of keys and values that one cached token takes over all layers, at batch 1."""
         return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes
@@ -114,8 +128,12 @@ class Architecture:
         Raises:
             ValueError: transformers does not know `model_type`.
         """
-        from transformers import AutoConfig
+        from transformers import AutoConfig, __version__
 
+        rope = {"rope_type": "default", "rope_theta": self.rope_theta, **dict(self.rope_scaling or {})}
+        rotary: dict[str, Any] = {"rope_parameters": rope}
+        if int(__version__.partition(".")[0]) < 5:  # where abandoned runtimes live
+            rotary = {"rope_theta": self.rope_theta, "rope_scaling": dict(self.rope_scaling or {}) or None}
         config = AutoConfig.for_model(
             self.model_type,
             num_hidden_layers=self.layers,
@@ -128,11 +146,7 @@ class Architecture:
             max_position_embeddings=self.max_context,
             rms_norm_eps=self.rms_norm_eps,
             tie_word_embeddings=self.tied_embeddings,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": self.rope_theta,
-                **dict(self.rope_scaling or {}),
-            },
+            **rotary,
             # The study's models attend to the whole cache; transformers' Mistral defaults to a window.
             sliding_window=None,
             bos_token_id=None,

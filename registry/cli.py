@@ -1,16 +1,23 @@
-"""The `rfloor` command: what is done with records after they were measured."""
+"""The `rfloor` command: what is done before and after measuring."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
+from registry.architecture import Architecture
+from registry.checkpoint import CheckpointFormat
 from registry.compose import Composer
-from registry.outcome import BadInput
+from registry.display import console
+from registry.outcome import BadInput, Refused
+from registry.plan import plugin_options
 from registry.plugins import Catalog
+from registry.synthesis import write_checkpoint
 from registry.tracking import TrackingDown, import_records
 from registry.validate import redact, validate
+from registry.weights import check_weights, open_weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,15 +27,58 @@ def main(arguments: list[str] | None = None) -> int:
     importer = commands.add_parser("import", help="log records into MLflow, each once however often this is called")
     importer.add_argument("folder", type=Path, help="records, or a folder that holds some")
     importer.add_argument("overrides", nargs="*", metavar="tracking.KEY=VALUE", help="where MLflow is")
+    synthesizer = commands.add_parser(
+        "synthesize", help="write a model folder in a quantised format, out of random weights or of a folder's"
+    )
+    synthesizer.add_argument(
+        "overrides", nargs="+", metavar="KEY=VALUE", help="model=... quant=... out=DIR, and their options"
+    )
     args = parser.parse_args(arguments)
     try:
+        if args.command == "synthesize":
+            return _synthesize(args.overrides)
         return _import(args.folder, args.overrides)
     except BadInput as error:
         print(f"rfloor: {redact(str(error))}", file=sys.stderr)
         return 2
+    except Refused as error:
+        print(f"rfloor: {error}", file=sys.stderr)
+        return 1
     except TrackingDown as error:
         print(f"rfloor: MLflow cannot be reached: {redact(str(error))}", file=sys.stderr)
         return 1
+
+
+def _synthesize(overrides: list[str]) -> int:
+    """Write `out=DIR`; on the GPU if there is one."""
+    folders = [text.partition("=")[2] for text in overrides if text.startswith("out=")]
+    if len(folders) != 1 or not folders[0]:
+        raise BadInput("name one folder that does not exist: out=DIR")
+    catalog = Catalog()
+    composer = Composer(catalog)
+    (job,) = composer.jobs([text for text in overrides if not text.startswith("out=")], multirun=False)
+    config = composer.cell(job)
+    validate(config)
+    architecture = Architecture.of(config.model)
+    plugin: Any = catalog.load("quant", config.quant.plugin)
+    if not issubclass(plugin, CheckpointFormat):
+        raise BadInput(f"quant={config.quant.name} is no format that folders are written in")
+    form: CheckpointFormat = plugin(plugin_options("quant", plugin, config.quant))
+    form.fits(architecture)
+    check_weights(config.model.weights, architecture, None)
+    import torch
+
+    source = open_weights(config.model.weights, config.model.revision, config.protocol.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with console().status("writing") as status, torch.inference_mode():
+            write_checkpoint(
+                Path(folders[0]), architecture, source, form, device, lambda done: status.update(f"{done}")
+            )
+    except OSError as error:
+        raise BadInput(f"out={folders[0]} cannot be written: {error}") from error
+    print(f"{folders[0]}: run it with model.weights={folders[0]} quant={config.quant.name} model={config.model.name}")
+    return 0
 
 
 def _import(folder: Path, overrides: list[str]) -> int:

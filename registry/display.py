@@ -42,6 +42,10 @@ def console(stderr: bool = False) -> Console:
     return made if made.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
 
 
+LONG = ("build ", "synthesize ")
+"""How stages begin that take minutes the first time."""
+
+
 class Reporter:
     """A progress bar on a terminal, a line a cell elsewhere.
 
@@ -65,6 +69,7 @@ class Reporter:
         )
         self._task = self._progress.add_task("cells", total=total, stage="")
         self._label = ""
+        self._told: set[str] = set()
 
     def __enter__(self) -> Reporter:
         self._progress.start()
@@ -79,7 +84,10 @@ class Reporter:
         self.stage("plan")
 
     def stage(self, name: str) -> None:
-        """A worker says what it begins."""
+        """A worker says what it begins; where there is no bar, what takes minutes gets a line, once."""
+        if not self.console.is_terminal and name.startswith(LONG) and name not in self._told:
+            self._told.add(name)
+            self.console.print(f"{self._label}: {name}", markup=False, highlight=False)
         self._progress.update(self._task, stage=f"{self._label}: {name}")
         self._progress.refresh()
 

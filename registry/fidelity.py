@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from registry.outcome import Outcome, Refused
@@ -23,6 +23,7 @@ LAYERS = 2
 PREFIX = 33
 STEPS = 8
 MIN_COSINE = 0.999
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,18 @@ def _reference(architecture: Architecture, weights: dict[str, Tensor], dtype: An
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            architecture.transformers_config(), dtype=dtype, attn_implementation="sdpa"
-        ).eval()
+    # Some runtimes store a head of its own where the model ties it to the embedding.
+    architecture = replace(architecture, tied_embeddings=architecture.tied_embeddings and HEAD not in weights)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as an argument it has two names, by transformers' version
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(architecture.transformers_config(), attn_implementation="sdpa")
+    finally:
+        torch.set_default_dtype(default)
+    model.eval()
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = {"lm_head.weight"} if architecture.tied_embeddings else set()
+    tied = {HEAD} if architecture.tied_embeddings else set()
     if set(missing) - tied or unexpected:
         raise Refused(
             Outcome.INCORRECT,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -11,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from registry.environments import version
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -108,15 +109,10 @@ def physical_cores() -> int:
     return max(1, len(siblings - {""}) or len(allowed))
 
 
-def collect_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions by package name; a package that is not installed is left out."""
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+def collect_versions(packages: Iterable[str], environment: str = "") -> dict[str, str]:
+    """Installed versions by package name, in rfloor's environment or another; what is not installed is left out."""
+    found = {package: version(package, environment) for package in packages}
+    return {"python": platform.python_version()} | {name: told for name, told in found.items() if told}
 
 
 def collect_git() -> dict[str, str]:

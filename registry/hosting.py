@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ class Converter(Protocol):
 
     def convert(self, linear: nn.Linear) -> nn.Module:
         """See `registry.api.LinearFormat.convert`."""
+
+    def from_tensors(self, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """See `registry.api.LinearFormat.from_tensors`."""
 
 
 def materialize(
@@ -55,12 +58,14 @@ def materialize(
     converted = {}
     for name, module in list(model.named_modules()):
         prefix = f"{name}." if name else ""
+        hosted = isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] not in keep
+        stored = source.quantised(name, device) if hosted else {}
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta and prefix + leaf not in tied:
+            if parameter.is_meta and prefix + leaf not in tied and not (stored and leaf == "weight"):
                 tensor = source.tensor(prefix + leaf, tuple(parameter.shape), dtype, device)
                 setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
-        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] not in keep:
-            converted[name] = linear.convert(module)
+        if hosted:
+            converted[name] = linear.from_tensors(module, stored) if stored else linear.convert(module)
             model.set_submodule(name, converted[name])
     return converted
 

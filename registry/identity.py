@@ -34,7 +34,7 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
         Sixteen hexadecimal digits.
     """
     resolved = dataclasses.asdict(config)
-    for key in ("tracking", "context", "records", "dry_run", "sweep_id"):
+    for key in ("tracking", "cache", "context", "records", "dry_run", "sweep_id"):
         del resolved[key]
     del resolved["protocol"]["timeout_s"]
     identity = {

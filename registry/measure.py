@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.execution import EXECUTIONS
 from registry.hardware import snapshot
+from registry.kernels import seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,19 +86,24 @@ def measure(
         event_times = _event_pass(execution, protocol) if device == "cuda" else None
     after = snapshot() if device == "cuda" else {}
     bytes_per_step = backend.bytes_per_step(mean_context)
+    position, evidence, peaks = backend.position(), execution.evidence(), memory.peaks()
+    stage("kernels")
+    execution.rewind()
+    kernels = seen(execution.step, device)
     return {
         "ttft_ms": ttft_ms,
         "step_times_ms": step_times,
         "revisit_times_ms": revisit_times,
         "event_times_ms": event_times,
         "passes_agree": agree,
-        "execution": prepared | execution.evidence(),
+        "execution": prepared | evidence,
+        "kernels": kernels,
         "streamed_weight_bytes": bytes_per_step.weights,
         "streamed_kv_bytes": bytes_per_step.kv,
-        "final_position": backend.position(),
+        "final_position": position,
         "device_before": before,
         "device_after": after,
-        **memory.peaks(),
+        **peaks,
     }
 
 

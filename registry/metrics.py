@@ -104,6 +104,8 @@ def warnings(cell: Cell, measured: Mapping[str, Any], figures: Mapping[str, floa
             f"first visit: a step took {first:.2f} ms, over the same positions again {again:.2f} ms; the "
             "difference is paid once a cache length (kernel planning or compiling), not once a step"
         )
+    if not measured["kernels"]:
+        found.append("torch.profiler saw no kernel here: which ones ran is not known")
     if cell.config.gpu.measure_bandwidth and not cell.config.gpu.peak_bandwidth_gbs:
         found.append("no spec sheet: r_floor and mbu stand against the measured read bandwidth")
     return found

@@ -8,7 +8,6 @@ memory. Nothing heavy is imported.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from packaging.requirements import Requirement as PackageRequirement
 
 from registry import floor
-from registry.api import Backend, Request
+from registry.api import AttentionKernel, Backend, LinearFormat, Request
 from registry.architecture import Architecture
+from registry.environments import interpreter, version
 from registry.hardware import Device, collect_versions, cpu_device
 from registry.identity import cell_id
 from registry.outcome import BadInput, Outcome, Refusal, Refused, nearest, unsupported
@@ -48,6 +48,8 @@ class Cell:
         targets: `module:Class` of each plugin, by kind.
         versions: Installed packages that matter.
         cell_id: Its identity.
+        environment: The virtual environment that measures it; empty is this one.
+        tags: What its backend wants its runs to bear.
         refusal: Why it will not be measured; `None` if it can be.
     """
 
@@ -56,6 +58,8 @@ class Cell:
     targets: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     cell_id: str = ""
+    environment: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
     refusal: Refusal | None = None
 
     @property
@@ -119,14 +123,17 @@ class Planner:
             BadInput: The cell cannot be meant.
         """
         validate(config)
-        check_weights(config.model.weights, Architecture.of(config.model))
         backend = config.backend.name
         if backend == "auto":
             config.backend.name = config.backend.plugin = config.quant.backend or "hf"
         claims, chosen, packages, refusals = self._claims(config)
         cell = Cell(config, self._device)
         cell.targets = {kind: claim.target for kind, claim in claims.items()}
-        cell.versions = collect_versions([*RUNTIME, *packages])
+        try:
+            _ask_beforehand(cell, chosen)
+        except Refused as refused:
+            refusals.append(refused)
+        cell.versions = collect_versions([*RUNTIME, *packages], cell.environment)
         try:
             self._resolve_gpu(cell)
             for refusal in refusals:
@@ -139,9 +146,7 @@ class Planner:
         cell.cell_id = cell_id(config, cell.device, modules, cell.versions)
         return cell
 
-    def _claims(
-        self, config: Config
-    ) -> tuple[dict[str, Claim], dict[str, tuple[type[Plugin], Any]], set[str], list[Refused]]:
+    def _claims(self, config: Config) -> tuple[dict[str, Claim], dict[str, tuple[Any, Any]], set[str], list[Refused]]:
         """The cell's plugins, each with its options checked, the packages behind them, and what fails so far."""
         claims, chosen, packages, refusals = {}, {}, set(), []
         for kind in KINDS:
@@ -151,7 +156,7 @@ class Planner:
                 packages.add(claims[kind].distribution)
                 with _blamed(kind, part.plugin):
                     plugin = self._catalog.load(kind, part.plugin)
-                    chosen[kind] = plugin, _options(kind, plugin, part)
+                    chosen[kind] = plugin, plugin_options(kind, plugin, part)
                     packages |= {PackageRequirement(requirement.package).name for requirement in plugin.requires}
             except Refused as refused:
                 refusals.append(refused)
@@ -195,18 +200,47 @@ class Planner:
         return next((n for n, p in self._profiles.items() if self._device.name in p.nvml_names), None)
 
 
+def _ask_beforehand(cell: Cell, chosen: dict[str, tuple[Any, Any]]) -> None:
+    """What the plugins say that is needed before anything is checked: a folder's own settings, an environment."""
+    config = cell.config
+    if "quant" in chosen:
+        plugin, options = chosen["quant"]
+        with _blamed("quant", config.quant.plugin):
+            quant = plugin(options)
+            check_weights(config.model.weights, cell.architecture, quant)
+            chosen["quant"] = plugin, quant.options  # with those settings of the folder that are options
+            config.quant.options = dataclasses.asdict(quant.options)
+    if "backend" in chosen:
+        plugin, options = chosen["backend"]
+        with _blamed("backend", config.backend.plugin):
+            cell.environment, cell.tags = plugin.environment(options), dict(plugin.tags)
+
+
 def _check_plugins(cell: Cell, chosen: Mapping[str, tuple[type[Plugin], Any]]) -> None:
     """What each plugin declares, what they can do together, what they say themselves, what they need."""
-    requests = {kind: _request(cell, options) for kind, (_, options) in chosen.items()}
+    requests = {kind: _request(cell, kind, chosen) for kind in chosen}
     for kind, (plugin, _) in chosen.items():
         with _blamed(kind, getattr(cell.config, kind).plugin):
             _check_declared(kind, plugin, requests[kind])
-    _check_combination(chosen["backend"][0], requests["backend"])
-    for kind, (plugin, _) in chosen.items():
+    _check_combination(chosen["backend"][0], chosen["quant"][0], requests["backend"])
+    backend: Any = chosen["backend"][0]
+    called = {kind: plugin for kind, (plugin, _) in chosen.items() if backend.hosting or not _hosted(plugin)}
+    for kind, plugin in called.items():
         with _blamed(kind, getattr(cell.config, kind).plugin):
             plugin.check(requests[kind])
-    for plugin, _ in chosen.values():
-        _check_requirements(plugin)
+    if cell.environment and not interpreter(cell.environment).exists():
+        raise Refused(
+            Outcome.MISSING_DEPENDENCY,
+            f"backend={cell.config.backend.name} runs in an environment of its own, and {cell.environment} is none",
+            next((requirement.install for requirement in backend.requires), ""),
+        )
+    for plugin in called.values():
+        _check_requirements(plugin, cell.environment)
+
+
+def _hosted(plugin: type[Plugin]) -> bool:
+    """Whether a plugin's code is called by the body that hosts it, and by no other."""
+    return issubclass(plugin, LinearFormat | AttentionKernel)
 
 
 @contextmanager
@@ -222,7 +256,7 @@ def _blamed(kind: str, name: str) -> Iterator[None]:
         ) from error
 
 
-def _options(kind: str, plugin: type[Plugin], config: Any) -> Any:
+def plugin_options(kind: str, plugin: type[Plugin], config: Any) -> Any:
     """The plugin's options, checked against its own dataclass and given back in its types."""
     known = [f.name for f in dataclasses.fields(plugin.Options)]
     for name in config.options:
@@ -237,8 +271,9 @@ def _options(kind: str, plugin: type[Plugin], config: Any) -> Any:
     return options
 
 
-def _request(cell: Cell, options: Any) -> Request:
+def _request(cell: Cell, kind: str, chosen: Mapping[str, tuple[type[Plugin], Any]]) -> Request:
     c = cell.config
+    options = {name: own for name, (_, own) in chosen.items()}
     return Request(
         architecture=cell.architecture,
         backend=c.backend.plugin,
@@ -250,7 +285,9 @@ def _request(cell: Cell, options: Any) -> Request:
         capacity=cell.capacity,
         device=cell.device.kind,
         capability=cell.device.capability,
-        options=options,
+        options=options[kind],
+        quant_options=options["quant"],
+        attention_options=options["attention"],
     )
 
 
@@ -270,8 +307,14 @@ def _check_declared(kind: str, plugin: type[Plugin], request: Request) -> None:
         raise unsupported(f"{name} works on a {' or '.join(plugin.caches)} cache, not on a {request.cache} one")
 
 
-def _check_combination(backend: type[Plugin], request: Request) -> None:
+def _check_combination(backend: type[Plugin], quant: type[Plugin], request: Request) -> None:
     assert issubclass(backend, Backend)
+    if not issubclass(quant, LinearFormat) and request.quant not in (backend.formats or ()):
+        raise unsupported(
+            f"quant={request.quant} is the storage of a runtime with a body of its own, "
+            f"and backend={request.backend} does not read it",
+            "Use backend=auto",
+        )
     if request.execution == "cuda_graph" and request.device != "cuda":
         raise unsupported("execution=cuda_graph needs a CUDA device, this one is the CPU", "Use execution=eager")
     if request.execution == "cuda_graph" and request.cache != "static":
@@ -290,15 +333,12 @@ def _check_combination(backend: type[Plugin], request: Request) -> None:
             )
 
 
-def _check_requirements(plugin: type[Plugin]) -> None:
+def _check_requirements(plugin: type[Plugin], environment: str) -> None:
     for requirement in plugin.requires:
         wanted = PackageRequirement(requirement.package)
-        try:
-            found = importlib.metadata.version(wanted.name)
-        except importlib.metadata.PackageNotFoundError as error:
-            raise Refused(
-                Outcome.MISSING_DEPENDENCY, f"{wanted.name} is not installed", requirement.install
-            ) from error
+        found = version(wanted.name, environment)
+        if found is None:
+            raise Refused(Outcome.MISSING_DEPENDENCY, f"{wanted.name} is not installed", requirement.install)
         if not wanted.specifier.contains(found, prereleases=True):
             raise Refused(
                 Outcome.MISSING_DEPENDENCY,

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from registry import hardware, metrics
 from registry import record as records
+from registry.cache import kernel_environment
+from registry.environments import ROOT, interpreter
 from registry.outcome import Outcome
 from registry.record import Record
 from registry.tracking import TrackingDown, artifacts
@@ -118,6 +120,7 @@ def run_cell(cell: Cell, index: int, session: Session) -> Record:
             "device": hardware.describe(cell.device),
             "versions": cell.versions,
             "git": hardware.collect_git(),
+            "tags": cell.tags,
         },
     )
     file = records.path(Path(cell.config.records), cell.cell_id, session.sweep_id, index)
@@ -150,7 +153,7 @@ def _sentence(text: str) -> str:
 def resolved(cell: Cell) -> dict[str, Any]:
     """The configuration that a record and MLflow keep: what was measured, not where it was told."""
     config = dataclasses.asdict(cell.config)
-    for key in ("tracking", "context", "records", "dry_run", "sweep_id"):
+    for key in ("tracking", "cache", "context", "records", "dry_run", "sweep_id"):
         del config[key]
     return config
 
@@ -188,13 +191,13 @@ def _ask_worker(cell: Cell, log: Path, session: Session) -> dict[str, Any]:
         read_end, write_end = os.pipe()
         try:
             child = subprocess.Popen(
-                [sys.executable, "-m", "registry.worker", str(question), str(answer)],
+                [_interpreter(cell), "-m", "registry.worker", str(question), str(answer)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=(write_end,),
                 start_new_session=True,
-                env=CHILD_ENVIRONMENT | os.environ | FORCED_ENVIRONMENT | {STAGES_FD: str(write_end)},
+                env=_environment(cell) | {STAGES_FD: str(write_end)},
             )
         finally:
             os.close(write_end)
@@ -216,6 +219,21 @@ def _ask_worker(cell: Cell, log: Path, session: Session) -> dict[str, Any]:
             content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             return content
         return _died(child.returncode, log)
+
+
+def _environment(cell: Cell) -> dict[str, str]:
+    """A worker's environment: what rfloor suggests, over it the user's, over that what has to be."""
+    found = (
+        CHILD_ENVIRONMENT
+        | kernel_environment(cell.config.cache, cell.versions)
+        | dict(os.environ)
+        | FORCED_ENVIRONMENT
+    )
+    return found | {"PYTHONPATH": str(ROOT)} if cell.environment else found  # of ours its interpreter sees the code
+
+
+def _interpreter(cell: Cell) -> str:
+    return str(interpreter(cell.environment)) if cell.environment else sys.executable
 
 
 def _wait(child: subprocess.Popen[bytes], stages: int, timeout_s: float, stage: Callable[[str], None]) -> bool:

@@ -116,6 +116,14 @@ class TrackingConfig:
 
 
 @dataclass
+class CacheConfig:
+    """Where quantised folders of random weights and compiled kernels are kept; the folders up to a size."""
+
+    folder: str = "~/.cache/rfloor"
+    limit_gb: float = 64.0
+
+
+@dataclass
 class Config:
     """One cell, as composed."""
 
@@ -127,6 +135,7 @@ class Config:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     context: int | None = None
     records: str = "records"
     dry_run: bool = False

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry import record as records
+from registry.kernels import short
 from registry.outcome import Outcome, Refusal
 from registry.validate import SERVERS, redact
 
@@ -82,7 +83,10 @@ class Tracker:
             os.environ.setdefault(name, value)
         import logging
 
-        from mlflow.tracking import MlflowClient
+        try:
+            from mlflow.tracking import MlflowClient
+        except ImportError as error:
+            raise TrackingDown(f"mlflow cannot be imported: {error}") from error
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
@@ -245,6 +249,8 @@ def tags(record: Record) -> dict[str, str]:
         "driver": device.get("driver", ""),
         "git_commit": git.get("commit", ""),
         "git_dirty": git.get("dirty", ""),
+        "kernels": ", ".join(f"{name} x{n}" for name, n in short(record.measured.get("kernels", {})).items()),
+        **environment.get("tags", {}),
         **{f"version.{name}": version for name, version in environment.get("versions", {}).items()},
     }
     return {key: str(value)[:TAG_LIMIT] for key, value in found.items() if value}

@@ -132,23 +132,28 @@ def _choices(config: Config) -> Iterator[str]:
     for name in ("weight_bits", "study_bits"):
         if not 0 < getattr(config.quant, name) <= 32:
             yield f"quant.{name}={getattr(config.quant, name)}: more than 0 and at most 32"
-    if not config.records:
-        yield "records is empty: name a folder"
-    else:
-        yield from _folder("records", config.records)
+    if config.cache.limit_gb <= 0:
+        yield f"cache.limit_gb={config.cache.limit_gb}: more than 0"
+    for key, name in (("cache.folder", config.cache.folder), ("records", config.records)):
+        if name:
+            yield from _folder(key, name)
+        else:
+            yield f"{key} is empty: name a folder"
 
 
 def _folder(key: str, name: str) -> Iterator[str]:
     """Why nothing can be written into a folder that may have to be made."""
     try:
         there = Path(name)
+        if key == "cache.folder":
+            there = there.expanduser()
         while not there.exists() and there != there.parent:
             there = there.parent
         if not there.is_dir():
             yield f"{key}={name}: {there} is no folder"
         elif why := _unwritable(there):
             yield f"{key}={name} cannot be written: {why}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: no such user
         yield f"{key}={name}: {error}"
 
 

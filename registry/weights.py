@@ -10,10 +10,13 @@ import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from registry.architecture import CONFIG_JSON_NAMES
+from registry.checkpoint import INDEX, CheckpointFormat, model_tensors
 from registry.outcome import BadInput, Outcome, Refused
 
 if TYPE_CHECKING:
@@ -22,9 +25,7 @@ if TYPE_CHECKING:
     from registry.architecture import Architecture
 
 RANDOM = "random"
-INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
 class WeightSource(Protocol):
@@ -35,6 +36,12 @@ class WeightSource(Protocol):
 
         Raises:
             Refused: There is none of this name and shape.
+        """
+
+    def quantised(self, layer: str, device: str) -> Mapping[str, Tensor]:
+        """What stands for a linear layer's `weight`, by the last part of its name; empty where the weight stands.
+
+        Each look reads the tensor anew, as it is stored.
         """
 
 
@@ -69,6 +76,10 @@ class RandomWeights:
         std = self.VECTOR_STD if len(shape) == 1 else shape[1] ** -0.5
         return torch.empty(shape, dtype=dtype, device=device).normal_(mean, std, generator=generator)
 
+    def quantised(self, layer: str, device: str) -> Mapping[str, Tensor]:
+        """See `WeightSource.quantised`: nothing is."""
+        return {}
+
 
 class FolderWeights:
     """A local folder in the layout of `save_pretrained`: config.json and safetensors, nothing executed.
@@ -83,6 +94,25 @@ class FolderWeights:
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: Any, device: str) -> Tensor:
         """See `WeightSource.tensor`."""
+        tensor = self.stored(name, device)
+        if tuple(tensor.shape) != shape:
+            raise Refused(
+                Outcome.UNSUPPORTED,
+                f"{name} in {self._files[name]} has shape {tuple(tensor.shape)}, the model wants {shape}",
+            )
+        return tensor.to(dtype)
+
+    def quantised(self, layer: str, device: str) -> Mapping[str, Tensor]:
+        """See `WeightSource.quantised`."""
+        leaves = [name.rpartition(".")[2] for name in self._files if name.rpartition(".")[0] == layer]
+        return {} if "weight" in leaves else _Layer(self, layer, [leaf for leaf in leaves if leaf != "bias"], device)
+
+    def stored(self, name: str, device: str) -> Tensor:
+        """One tensor as it is stored.
+
+        Raises:
+            Refused: There is none of this name.
+        """
         from safetensors import safe_open
 
         file = self._files.get(name)
@@ -90,12 +120,28 @@ class FolderWeights:
             raise Refused(Outcome.UNSUPPORTED, f"{self.folder} holds no tensor called {name}")
         with safe_open(file, framework="pt", device=device) as shard:
             tensor: Tensor = shard.get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise Refused(
-                Outcome.UNSUPPORTED,
-                f"{name} in {file} has shape {tuple(tensor.shape)}, the model wants {shape}",
-            )
-        return tensor.to(dtype)
+        return tensor
+
+
+@dataclass(frozen=True)
+class _Layer(Mapping[str, "Tensor"]):
+    """A quantised layer's tensors, read when they are looked at."""
+
+    source: FolderWeights
+    name: str
+    leaves: list[str]
+    device: str
+
+    def __getitem__(self, leaf: str) -> Tensor:
+        if leaf not in self.leaves:
+            raise KeyError(leaf)
+        return self.source.stored(f"{self.name}.{leaf}", self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.leaves)
+
+    def __len__(self) -> int:
+        return len(self.leaves)
 
 
 def open_weights(weights: str, revision: str | None, seed: int) -> WeightSource:
@@ -143,16 +189,17 @@ def _snapshot(repository: str, revision: str | None) -> str:
         raise
 
 
-def check_weights(weights: str, architecture: Architecture) -> None:
+def check_weights(weights: str, architecture: Architecture, quant: Any = None) -> None:
     """Refuse weights that cannot be meant, from names, configuration and headers alone.
 
     Args:
         weights: `random`, a local folder, or a hub id (of which only the form can be checked here).
         architecture: What the folder has to hold.
+        quant: The format that the cell runs, an instance of its plugin.
 
     Raises:
         BadInput: No such folder, no model in it, a truncated or missing file, another architecture, or
-            weights that are quantised already.
+            weights quantised in another format.
     """
     if weights == RANDOM:
         return
@@ -168,10 +215,10 @@ def check_weights(weights: str, architecture: Architecture) -> None:
             f"model.weights={weights}: no such folder. Give a folder that holds config.json and "
             "*.safetensors, a hub id (owner/name), or random"
         )
-    check_folder(folder, architecture)
+    check_folder(folder, architecture, quant)
 
 
-def check_folder(folder: Path, architecture: Architecture) -> None:
+def check_folder(folder: Path, architecture: Architecture, quant: Any = None) -> None:
     """The checks of `check_weights` on one folder.
 
     Raises:
@@ -185,50 +232,50 @@ def check_folder(folder: Path, architecture: Architecture) -> None:
     wrong = [f"{field} {found[field]} (wanted {wanted[field]})" for field in wanted if found[field] != wanted[field]]
     if wrong:
         raise BadInput(f"{folder} holds another architecture than {architecture.name}: {', '.join(wrong)}")
-    if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        raise BadInput(
-            f"{folder} holds weights that are quantised already ({method}); "
-            "give unquantised ones, the quant group converts them"
-        )
+    form = _form(folder, config, quant)
     present: dict[str, tuple[str, list[int]]] = {}
     for shard in _shards(folder):
         present |= read_header(shard)
-    expected = expected_tensors(architecture)
+    expected = model_tensors(architecture, form)
     for name in present:
-        if name not in expected and name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+        if name not in expected and not _idle(name, form):
             raise BadInput(f"{folder} holds {name}, for which {architecture.name} has no place")
-    for name, shape in expected.items():
+    for name, stored in expected.items():
         if name not in present:
             raise BadInput(f"{folder} lacks the tensor {name}")
-        dtype, stored = present[name]
-        if tuple(stored) != shape:
-            raise BadInput(f"{folder}: {name} has shape {tuple(stored)}, {architecture.name} wants {shape}")
-        if dtype not in FLOAT_DTYPES:
-            raise BadInput(f"{folder}: {name} is stored as {dtype}; known: {', '.join(FLOAT_DTYPES)}")
+        dtype, shape = present[name]
+        if not stored.fits(tuple(shape)):
+            raise BadInput(f"{folder}: {name} has shape {tuple(shape)}, {architecture.name} wants {stored}")
+        if dtype not in stored.dtypes:
+            raise BadInput(f"{folder}: {name} is stored as {dtype}; known: {', '.join(stored.dtypes)}")
 
 
-def expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Llama-shaped checkpoint (qwen2, llama, mistral)."""
-    a = architecture
-    q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocab, a.hidden)}
-    for layer in range(a.layers):
-        prefix = f"model.layers.{layer}."
-        for name, out in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-            shapes[f"{prefix}self_attn.{name}.weight"] = (out, a.hidden)
-            if a.qkv_bias:
-                shapes[f"{prefix}self_attn.{name}.bias"] = (out,)
-        shapes[f"{prefix}self_attn.o_proj.weight"] = (a.hidden, q)
-        shapes[f"{prefix}mlp.gate_proj.weight"] = (a.ffn, a.hidden)
-        shapes[f"{prefix}mlp.up_proj.weight"] = (a.ffn, a.hidden)
-        shapes[f"{prefix}mlp.down_proj.weight"] = (a.hidden, a.ffn)
-        shapes[f"{prefix}input_layernorm.weight"] = (a.hidden,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (a.hidden,)
-    shapes["model.norm.weight"] = (a.hidden,)
-    if not a.tied_embeddings:
-        shapes["lm_head.weight"] = (a.vocab, a.hidden)
-    return shapes
+def _form(folder: Path, config: dict[str, Any], quant: Any) -> CheckpointFormat | None:
+    """The format of a folder's linear layers, with the folder's settings; `None` if they are unquantised."""
+    quantised = config.get("quantization_config")
+    reads = quant.method if isinstance(quant, CheckpointFormat) else None
+    if not quantised:
+        if reads and not hasattr(quant, "convert"):
+            raise BadInput(
+                f"{folder} holds unquantised weights, and this quant reads folders that are quantised as {reads}: "
+                "rfloor synthesize makes one"
+            )
+        return None
+    method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+    if method != reads:
+        wanted = f"{reads} ones" if reads else "unquantised ones, which it converts"
+        raise BadInput(f"{folder} holds weights quantised as {method}; this quant reads {wanted}")
+    assert isinstance(quant, CheckpointFormat)
+    quant.adopt(quantised)
+    return quant
+
+
+def _idle(name: str, form: CheckpointFormat | None) -> bool:
+    """Whether a tensor that no model has a place for does no harm."""
+    layer, _, leaf = name.rpartition(".")
+    if form is not None and (leaf == "bias" or (layer == "lm_head" and form.covers(layer))):
+        return True  # a bias of zeros; the head of a tied model, which ExLlamaV2 stores all the same
+    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
 
 
 def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
@@ -249,7 +296,7 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
 
 def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX
-    if index.exists():
+    if index.exists() and not _keeps_a_stale_index(folder):
         weight_map = _read_json(index).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
@@ -263,6 +310,12 @@ def _shards(folder: Path) -> list[Path]:
     if not shards:
         raise BadInput(f"{folder} holds no *.safetensors file; rfloor loads no other kind")
     return shards
+
+
+def _keeps_a_stale_index(folder: Path) -> bool:
+    """ExLlamaV2's converter copies the unquantised model's index beside shards of other names, and reads none."""
+    quantised = _read_json(folder / "config.json").get("quantization_config")
+    return isinstance(quantised, dict) and quantised.get("quant_method") == "exl2"
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -14,20 +14,29 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import signal
 import sys
+import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry.hardware import physical_cores
 from registry.outcome import BadInput, Outcome, Refused
 from registry.record import write_json
 from registry.schema import Config, from_plain
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 STAGES_FD = "RFLOOR_STAGES"
 PR_SET_PDEATHSIG = 1  # prctl(2)
+COMPILER_ERROR = re.compile(r"\b(fatal )?error( [A-Z]+\d+)?: ")  # gcc, nvcc, clang, cl
+LINE_LIMIT = 300
 
 
 @dataclass
@@ -47,11 +56,29 @@ class Request:
     mean_context: float = 0.0
 
 
+_begun: list[tuple[str, float]] = []
+
+
 def stage(name: str) -> None:
-    """Tell the parent what begins."""
+    """Tell the parent what begins, and remember when."""
+    _begun.append((name, time.monotonic()))
+    tell(name)
+
+
+def tell(name: str) -> None:
+    """Tell the parent how far a stage is."""
     descriptor = os.environ.get(STAGES_FD)
     if descriptor:
         os.write(int(descriptor), f"{name}\n".encode())
+
+
+def _durations() -> dict[str, float]:
+    """Seconds that each stage has taken, in order."""
+    ends = [begin for _, begin in _begun[1:]] + [time.monotonic()]
+    taken: dict[str, float] = {}
+    for (name, begin), end in zip(_begun, ends, strict=True):
+        taken[name] = round(taken.get(name, 0.0) + end - begin, 3)
+    return taken
 
 
 def answer(request: Request) -> dict[str, Any]:
@@ -67,6 +94,7 @@ def answer(request: Request) -> dict[str, Any]:
     import torch
 
     from registry.fidelity import LAYERS, compare
+    from registry.kernels import require
     from registry.measure import measure, read_bandwidth
 
     config, protocol = request.config, request.config.protocol
@@ -78,41 +106,99 @@ def answer(request: Request) -> dict[str, Any]:
         )
     threads = protocol.threads or physical_cores()
     torch.set_num_threads(threads)
-    make = _factory(request)
     with torch.inference_mode():
-        stage("check")
-        fidelity = compare(make(LAYERS), protocol.seed).require()
-        stage("load")
-        backend = make(None)
-        backend.load(protocol.context + protocol.warmup_steps + protocol.measured_steps)
-        measured = measure(backend, config.execution.name, protocol, request.mean_context, stage)
+        _build(request)
+        with _factory(request) as make:
+            stage("check")
+            fidelity = compare(make(LAYERS), protocol.seed).require()
+            stage("load")
+            backend = make(None)
+            backend.load(protocol.context + protocol.warmup_steps + protocol.measured_steps)
+            measured = measure(backend, config.execution.name, protocol, request.mean_context, stage)
+            require(measured["kernels"], _wanted(request))
+            backend.close()
+            del backend
         stage("bandwidth")
-        backend.close()
-        del backend
         gc.collect()
         if request.device == "cuda":
             torch.cuda.empty_cache()
         measured["read_bandwidth_gbs"] = read_bandwidth(request.device)
-    return measured | {"fidelity": fidelity, "threads": threads, "torch": _describe_torch()}
+    return measured | {
+        "fidelity": fidelity,
+        "threads": threads,
+        "torch": _describe_torch(),
+        "stages_s": _durations(),
+    }
 
 
-def _factory(request: Request) -> Any:
+def _build(request: Request) -> None:
+    """Let the plugins compile what compiles at its first use.
+
+    Raises:
+        Refused: A compiler failed: `missing_dependency`, with the last thing it said.
+    """
+    for _, plugin, options in _called(request):
+        what = plugin.builds(options, request.device)
+        if not what:
+            continue
+        stage(f"build {what} (kept; minutes the first time)")
+        try:
+            plugin.build(options, request.device)
+        except Exception as error:
+            traceback.print_exception(error)
+            raise Refused(Outcome.MISSING_DEPENDENCY, f"{what} cannot be compiled: {_last_error(error)}") from error
+
+
+def _last_error(error: Exception) -> str:
+    """The last thing that a compiler said; ninja and loaders say more after it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    compilers = [line for line in lines if COMPILER_ERROR.search(line)]
+    return (compilers or lines)[-1][:LINE_LIMIT]
+
+
+def _called(request: Request) -> Iterator[tuple[str, Any, Any]]:
+    """The plugins whose code a step runs, each with its kind and options."""
+    from registry.plugins import load_target
+
+    hosting = load_target(request.targets["backend"]).hosting
+    for kind, target in request.targets.items():
+        if hosting or kind == "backend":
+            plugin: Any = load_target(target)
+            yield kind, plugin, plugin.Options(**getattr(request.config, kind).options)
+
+
+def _wanted(request: Request) -> list[tuple[str, str]]:
+    """The kernels that the plugins want to see."""
+    return [
+        (f"{kind}={getattr(request.config, kind).name}", pattern)
+        for kind, plugin, options in _called(request)
+        for pattern in plugin.kernel_names(options, request.device)
+    ]
+
+
+@contextmanager
+def _factory(request: Request) -> Iterator[Callable[[int | None], Any]]:
     """A function that makes the cell's backend for its first n layers, or for all of them."""
     import torch
 
-    from registry.api import Architecture, Setup
+    from registry.api import Architecture, CheckpointFormat, Setup
+    from registry.cache import random_checkpoint
     from registry.plugins import load_target
-    from registry.weights import FolderWeights, check_folder, open_weights
+    from registry.weights import FolderWeights, RandomWeights, check_folder, open_weights
 
     config = request.config
     plugins: dict[str, Any] = {kind: load_target(target) for kind, target in request.targets.items()}
     options = {kind: plugin.Options(**getattr(config, kind).options) for kind, plugin in plugins.items()}
     weights = open_weights(config.model.weights, config.model.revision, config.protocol.seed)
     whole = Architecture.of(config.model)
-    if isinstance(weights, FolderWeights):
-        check_folder(weights.folder, whole)  # a model of the hub is seen here for the first time
+
+    def quant() -> Any:
+        return plugins["quant"](options["quant"])
 
     def make(layers: int | None) -> Any:
+        linear = quant()
+        if isinstance(weights, FolderWeights):  # its settings; and a model of the hub is seen here for the first time
+            check_folder(weights.folder, whole, linear)
         return plugins["backend"](
             Setup(
                 architecture=whole.cut(layers) if layers else whole,
@@ -121,13 +207,20 @@ def _factory(request: Request) -> Any:
                 dtype=torch.bfloat16,
                 batch_size=config.protocol.batch_size,
                 cache=config.execution.cache,
-                linear=plugins["quant"](options["quant"]),
+                linear=linear,
                 attention=plugins["attention"](options["attention"]),
                 options=options["backend"],
             )
         )
 
-    return make
+    form = quant()
+    if isinstance(weights, RandomWeights) and isinstance(form, CheckpointFormat):
+        told = partial(stage, f"synthesize {config.quant.name} weights")
+        with random_checkpoint(config.cache, whole, weights.seed, form, request.device, told, tell) as folder:
+            weights = FolderWeights(folder)
+            yield make
+    else:
+        yield make
 
 
 def _describe_torch() -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_context_is_short_for_protocol_context(composer: Composer) -> None:
 
 def test_plus_adds_a_plugin_option_and_equals_changes_one(composer: Composer) -> None:
     [added] = compose(composer, "quant=nf4", "+quant.options.new=[1,a]", "quant.options.block_size=128")
-    assert added.quant.options == {"block_size": 128, "new": [1, "a"]}
+    assert added.quant.options == {"block_size": 128, "levels": "nf4", "double_quant": False, "new": [1, "a"]}
 
 
 # The same as Hydra

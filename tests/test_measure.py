@@ -29,6 +29,8 @@ from registry.weights import RandomWeights
 VOCAB = 97
 CONTEXT, WARMUP, MEASURED, BATCH = 11, 2, 5, 2
 STEPS_A_PASS = WARMUP + MEASURED
+KERNEL_STEPS = 1
+"""Steps after everything that is timed, for the profiler to see their kernels."""
 PROTOCOL = ProtocolConfig("test", CONTEXT, BATCH, WARMUP, MEASURED, seed=3, timeout_s=60)
 
 
@@ -135,6 +137,9 @@ def test_the_protocol_asks_for_what_it_says_in_its_order(counter: Counter) -> No
         ("seek", CONTEXT),
         *steps,
         ("seek", CONTEXT),
+        ("stage", "kernels"),
+        ("seek", CONTEXT),
+        steps[0],
     ]
     assert measured["passes_agree"] is True
     assert measured["final_position"] == CONTEXT
@@ -150,7 +155,7 @@ def test_a_measurement_holds_a_time_for_each_measured_step(counter: Counter) -> 
 def test_no_warm_up_is_a_protocol_too(counter: Counter) -> None:
     measured = run(counter, replace(PROTOCOL, warmup_steps=0, measured_steps=1))
     assert len(measured["step_times_ms"]) == 1
-    assert [what for what, *_ in counter.asked].count("step") == 2
+    assert [what for what, *_ in counter.asked].count("step") == 2 + KERNEL_STEPS
 
 
 def test_the_prompt_is_the_seed_s(small: Architecture) -> None:
@@ -209,7 +214,7 @@ def test_passes_that_disagree_are_told(small: Architecture) -> None:
 def test_the_garbage_collector_rests_while_steps_are_timed(counter: Counter) -> None:
     assert gc.isenabled()
     run(counter)
-    assert counter.collecting == [False] * 2 * STEPS_A_PASS
+    assert counter.collecting == [False] * 2 * STEPS_A_PASS + [True] * KERNEL_STEPS
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
 

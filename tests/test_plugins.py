@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from hydra.core.config_store import ConfigStore
 
-from registry.api import AttentionKernel, Backend, LinearFormat
+from registry.api import AttentionKernel, Backend, Quant
 from registry.compose import CONF, Composer
 from registry.outcome import BadInput, Outcome, Refused
 from registry.plugins import CONF_GROUP, KINDS, Catalog
 
 ROOT = CONF.parent
-BASES = {"backend": Backend, "quant": LinearFormat, "attention": AttentionKernel}
+BASES = {"backend": Backend, "quant": Quant, "attention": AttentionKernel}
 ANNOUNCED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
 OPTIONS = {(file.parent.name, file.stem) for file in CONF.glob("*/*.yaml")} | {
     (kind, name) for kind, group in KINDS.items() for name in ANNOUNCED[group]

@@ -70,6 +70,7 @@ def made_up_answer(**changes: Any) -> dict[str, Any]:
         "peak_memory_bytes": 2_500_000_000,
         "decode_peak_memory_bytes": 1_250_000_000,
         "fidelity": {"logit_cosine": 0.9995, "top1_agreement": 0.96875},
+        "kernels": {"void marlin::Marlin<__nv_bfloat16>(int4 const*)": 196},
         "device_before": {"sm_clock_mhz": 2000, "sm_clock_max_mhz": 2040, "throttled": []},
         "device_after": {"sm_clock_mhz": 2000, "sm_clock_max_mhz": 2040, "throttled": []},
     } | changes

@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from planning import CPU, H200, Plan, refused
 from safetensors.numpy import save_file
 
 from registry import floor, identity, sweep
 from registry.api import LinearFormat, Requirement, unsupported
 from registry.architecture import CONFIG_JSON_NAMES, Architecture
+from registry.checkpoint import expected_tensors
 from registry.compose import CONF, Composer
 from registry.hardware import Device
 from registry.outcome import BadInput, Outcome, Refusal
 from registry.plan import Cell, Planner
 from registry.plugins import KINDS, Catalog
 from registry.schema import GpuConfig
-from registry.weights import expected_tensors
 
 ROOT = CONF.parent
 HEAVY = ("torch", "transformers", "mlflow", "bitsandbytes")
@@ -223,32 +224,6 @@ def test_a_dry_run_of_bad_input_is_bad_input(call: Call) -> None:
 
 # Planning: the GPU
 
-H200 = Device("cuda", "NVIDIA H200", 150_000_000_000, "GPU-0", (9, 0), "580.1")
-CPU = Device("cpu", "A Processor", 64_000_000_000)
-
-Plan = Callable[..., Cell]
-
-
-@pytest.fixture(scope="session")
-def profiles(composer: Composer) -> dict[str, GpuConfig]:
-    return {config.gpu.name: config.gpu for config in composer.profiles()}
-
-
-@pytest.fixture
-def plan(composer: Composer, profiles: dict[str, GpuConfig]) -> Plan:
-    """Plan a cell for a device."""
-
-    def plan(*overrides: str, device: Device = H200, catalog: Catalog | None = None) -> Cell:
-        return Planner(catalog or Catalog(), profiles, device).plan(composer.cell(overrides))
-
-    return plan
-
-
-def refused(cell: Cell, outcome: Outcome) -> Refusal:
-    assert cell.refusal is not None
-    assert cell.refusal.outcome is outcome, cell.refusal
-    return cell.refusal
-
 
 def test_auto_finds_the_profile_of_the_device(plan: Plan, profiles: dict[str, GpuConfig]) -> None:
     cell = plan("gpu=auto")
@@ -361,7 +336,11 @@ def test_an_option_of_the_wrong_type_is_bad_input(plan: Plan) -> None:
 
 
 def test_options_that_are_left_out_are_in_the_cell(plan: Plan) -> None:
-    assert plan("quant=nf4", "quant.options={}").config.quant.options == {"block_size": 64}
+    assert plan("quant=nf4", "quant.options={}").config.quant.options == {
+        "block_size": 64,
+        "levels": "nf4",
+        "double_quant": False,
+    }
 
 
 @dataclass(frozen=True)
@@ -458,6 +437,7 @@ def raises(cls: type, request: Any) -> None:
     "declared",
     [
         {"check": classmethod(raises)},
+        {"__init__": raises},
         {"Options": int},
         {"requires": (Requirement("no name = at all", ""),)},
         {"min_capability": "9.0"},
@@ -531,7 +511,7 @@ def test_whatever_changes_a_measurement_changes_its_identity(plan: Plan, monkeyp
     cells = [plan(*one) for one in overrides]
     cells += [plan(device=replace(H200, driver="581.2"))]
     versions = cells[0].versions
-    monkeypatch.setattr("registry.plan.collect_versions", lambda _: versions | {"torch": "0.0"})
+    monkeypatch.setattr("registry.plan.collect_versions", lambda *_: versions | {"torch": "0.0"})
     cells += [plan()]
     assert all(re.fullmatch("[0-9a-f]{16}", cell.cell_id) for cell in cells)
     assert len({cell.cell_id for cell in cells}) == len(overrides) + 2

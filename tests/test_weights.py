@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from registry.architecture import Architecture
+from registry.checkpoint import expected_tensors
 from registry.compose import Composer
 from registry.outcome import BadInput, Outcome, Refused
 from registry.plugins import Catalog
-from registry.weights import FolderWeights, RandomWeights, check_weights, expected_tensors, open_weights
+from registry.weights import FolderWeights, RandomWeights, check_weights, open_weights
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -201,9 +202,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "strange rope": (lambda f: edit(f / "config.json", rope_parameters=[1]), "rope_theta None"),
     "quantised": (
         lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}),
-        "quantised already (gptq)",
+        "quantised as gptq; this quant reads unquantised ones",
     ),
-    "quantised strangely": (lambda f: edit(f / "config.json", quantization_config="awq"), "already (awq)"),
+    "quantised strangely": (lambda f: edit(f / "config.json", quantization_config="awq"), "quantised as awq"),
     "only pickles": (only_pickles, "holds no *.safetensors file"),
     "empty file": (lambda f: truncate(f / "model.safetensors", 0), "model.safetensors is truncated"),
     "cut prefix": (lambda f: truncate(f / "model.safetensors", 5), "model.safetensors is truncated"),

@@ -18,6 +18,7 @@ from registry.api import (
     Refused,
     Setup,
 )
+from registry.checkpoint import expected_tensors
 from registry.plugins import Catalog
 from registry.testing.contract import Contract, gpu, skip_without
 from registry.testing.tensors import (
@@ -30,7 +31,7 @@ from registry.testing.tensors import (
     storages,
     ulp,
 )
-from registry.weights import RandomWeights, expected_tensors
+from registry.weights import RandomWeights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -135,6 +136,8 @@ class BackendContract(Contract):
             batch_size=batch_size,
             capacity=self.capacity,
             execution=execution,
+            quant_options=setup.linear.options,
+            attention_options=setup.attention.options,
         )
         for plugin in (setup.linear, setup.attention):
             type(plugin).check(replace(asked, options=plugin.options))

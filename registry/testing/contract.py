@@ -137,6 +137,8 @@ class Contract:
             device=device,
             capability=torch.cuda.get_device_capability() if device == "cuda" else None,
             options=self.plugin.Options(**self.options),
+            quant_options=None,
+            attention_options=None,
         )
         return replace(asked, **changes)
 

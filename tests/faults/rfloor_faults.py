@@ -108,6 +108,31 @@ class Needs(HfBackend):
     requires = (Requirement("no-such-package-anywhere>=2", "pip install no-such-package-anywhere"),)
 
 
+COMPILER = """Error building extension 'fast': [1/2] /usr/local/cuda/bin/nvcc -c fast.cu
+fast.cu(7): error: identifier "half2" is undefined
+1 error detected in the compilation of "fast.cu".
+ninja: build stopped: subcommand failed.
+"""
+
+
+class FailsToBuild(HfBackend):
+    @classmethod
+    def builds(cls, options: Any, device: str) -> str:
+        return "a fast extension"
+
+    @classmethod
+    def build(cls, options: Any, device: str) -> None:
+        raise RuntimeError(COMPILER)
+
+
+class FallsBack(HfBackend):
+    """Says that its step runs a kernel that it never launches."""
+
+    @classmethod
+    def kernel_names(cls, options: Any, device: str) -> tuple[str, ...]:
+        return ("^fast_kernel",)
+
+
 class OtherWeights(NoQuant):
     """Multiplies with other weights than it says it holds."""
 
