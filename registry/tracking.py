@@ -51,6 +51,7 @@ VIEW_COLUMNS = {
     "metrics.floor_ms": 80,
     "metrics.peak_memory_gb": 130,
     "tags.outcome": 100,
+    "tags.kernels": 260,
     "params.protocol.context": 120,
     "params.backend.name": 100,
     "params.model.name": 110,
