@@ -92,6 +92,11 @@ class FolderWeights:
         self.folder = folder
         self._files = {name: file for file in _shards(folder) for name in read_header(file)}
 
+    @property
+    def names(self) -> list[str]:
+        """Every tensor in the folder."""
+        return list(self._files)
+
     def tensor(self, name: str, shape: tuple[int, ...], dtype: Any, device: str) -> Tensor:
         """See `WeightSource.tensor`."""
         tensor = self.stored(name, device)
@@ -248,6 +253,20 @@ def check_folder(folder: Path, architecture: Architecture, quant: Any = None) ->
             raise BadInput(f"{folder}: {name} has shape {tuple(shape)}, {architecture.name} wants {stored}")
         if dtype not in stored.dtypes:
             raise BadInput(f"{folder}: {name} is stored as {dtype}; known: {', '.join(stored.dtypes)}")
+
+
+def check_biases(source: FolderWeights, architecture: Architecture) -> None:
+    """Refuse biases that no layer of the model adds, unless they are zeros, which old converters wrote everywhere.
+
+    Raises:
+        Refused: There is one.
+    """
+    expected = model_tensors(architecture)
+    for name in source.names:
+        if name.endswith(".bias") and name not in expected and bool(source.stored(name, "cpu").any()):
+            raise Refused(
+                Outcome.UNSUPPORTED, f"{source.folder} holds {name}, for which {architecture.name} has no place"
+            )
 
 
 def _form(folder: Path, config: dict[str, Any], quant: Any) -> CheckpointFormat | None:

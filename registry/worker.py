@@ -184,7 +184,7 @@ def _factory(request: Request) -> Iterator[Callable[[int | None], Any]]:
     from registry.api import Architecture, CheckpointFormat, Setup
     from registry.cache import random_checkpoint
     from registry.plugins import load_target
-    from registry.weights import FolderWeights, RandomWeights, check_folder, open_weights
+    from registry.weights import FolderWeights, RandomWeights, check_biases, check_folder, open_weights
 
     config = request.config
     plugins: dict[str, Any] = {kind: load_target(target) for kind, target in request.targets.items()}
@@ -220,6 +220,8 @@ def _factory(request: Request) -> Iterator[Callable[[int | None], Any]]:
             weights = FolderWeights(folder)
             yield make
     else:
+        if isinstance(weights, FolderWeights):
+            check_biases(weights, whole)
         yield make
 
 

@@ -21,7 +21,7 @@ from registry.checkpoint import expected_tensors
 from registry.compose import Composer
 from registry.outcome import BadInput, Outcome, Refused
 from registry.plugins import Catalog
-from registry.weights import FolderWeights, RandomWeights, check_weights, open_weights
+from registry.weights import FolderWeights, RandomWeights, check_biases, check_weights, open_weights
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -442,3 +442,18 @@ def test_norms_are_around_one_and_everything_else_around_zero(architecture: Arch
 def test_seeded_weights_come_in_the_dtype_that_is_asked_for() -> None:
     tensor = RandomWeights(0).tensor("model.norm.weight", (8,), torch.bfloat16, "cpu")
     assert (tensor.dtype, tensor.shape, tensor.device.type) == (torch.bfloat16, (8,), "cpu")
+
+
+def test_a_bias_that_no_layer_adds_has_to_be_zero(architecture: Architecture, tmp_path: Path) -> None:
+    """Old GPTQ converters wrote a bias for every layer."""
+    name = "model.layers.0.mlp.up_proj.bias"
+    for value in (0.0, 0.5):
+        save_file({name: torch.full((architecture.ffn,), value)}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text("{}")
+        source = FolderWeights(tmp_path)
+        assert source.names == [name]
+        if value:
+            with pytest.raises(Refused, match=f"holds {name}, for which tiny has no place"):
+                check_biases(source, architecture)
+        else:
+            check_biases(source, architecture)
