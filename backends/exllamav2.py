@@ -16,7 +16,7 @@ from registry.api import (
     Refused,
     Requirement,
     StepBytes,
-    tensor_bytes,
+    streamed_bytes,
     unsupported,
 )
 
@@ -199,7 +199,7 @@ class ExLlamaV2Backend(Backend):
         """See `Backend.bytes_per_step`."""
         a, held = self.setup.architecture, self.weights()
         embedding = held[f"{EMBEDDING}.weight"]  # never the head's own: ExLlamaV2 loads a tied one twice
-        weights = tensor_bytes(held.values()) + self.setup.batch_size * embedding[0].nbytes - embedding.nbytes
+        weights = streamed_bytes(held.values(), embedding, self.setup.batch_size)
         return StepBytes(weights, a.kv_bytes_per_token(2) * context * self.setup.batch_size)
 
     def _modules(self) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from backends.hf_attention import Installed, install
-from registry.api import Backend, StepBytes, materialize, tensor_bytes
+from registry.api import Backend, StepBytes, materialize, streamed_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -109,10 +109,8 @@ class HfBackend(Backend):
     def bytes_per_step(self, context: float) -> StepBytes:
         """See `Backend.bytes_per_step`."""
         a, held = self.setup.architecture, self.weights()
-        weights = tensor_bytes(held.values())
-        if not a.tied_embeddings:
-            row = a.hidden * held[EMBEDDING].element_size()
-            weights += self.setup.batch_size * row - tensor_bytes([held[EMBEDDING]])
+        looked_up = None if a.tied_embeddings else held[EMBEDDING]
+        weights = streamed_bytes(held.values(), looked_up, self.setup.batch_size)
         keys = self.cache.layers[0].keys
         return StepBytes(weights, a.kv_bytes_per_token(keys.element_size()) * context * self.setup.batch_size)
 

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backends.quant.layouts import AwqLayout, GptqLayout
+from backends.quant.layouts import AwqLayout, GptqLayout, check_scales
 from registry.api import (
     Backend,
     BadInput,
@@ -18,7 +18,7 @@ from registry.api import (
     StepBytes,
     materialize,
     nearest,
-    tensor_bytes,
+    streamed_bytes,
     unsupported,
 )
 
@@ -196,9 +196,8 @@ class LegacyBackend(Backend):
     def bytes_per_step(self, context: float) -> StepBytes:
         """See `Backend.bytes_per_step`."""
         a, held = self.setup.architecture, self.weights()
-        weights = tensor_bytes(held.values())
-        if not a.tied_embeddings:
-            weights += self.setup.batch_size * held[EMBEDDING][0].nbytes - held[EMBEDDING].nbytes
+        looked_up = None if a.tied_embeddings else held[EMBEDDING]
+        weights = streamed_bytes(held.values(), looked_up, self.setup.batch_size)
         return StepBytes(weights, a.kv_bytes_per_token(2) * context * self.setup.batch_size)
 
     def weights(self) -> Mapping[str, Tensor]:
@@ -278,8 +277,7 @@ class _Layers:
     def from_tensors(self, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> nn.Module:
         import torch
 
-        if not bool(tensors["scales"].isfinite().all()):
-            raise unsupported("the checkpoint is damaged: a scale is infinite or no number")
+        check_scales(tensors["scales"])
         layer = self._make(linear)
         for name in PACKED:
             if name in tensors and name in layer._buffers:

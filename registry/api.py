@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from registry.architecture import Architecture
 from registry.checkpoint import CheckpointFormat, Stored
-from registry.hosting import materialize, tensor_bytes
+from registry.hosting import materialize, streamed_bytes, tensor_bytes
 from registry.outcome import BadInput, Outcome, Refused, nearest, unsupported
 from registry.weights import FolderWeights, WeightSource
 
@@ -46,6 +46,7 @@ __all__ = [
     "WeightSource",
     "materialize",
     "nearest",
+    "streamed_bytes",
     "tensor_bytes",
     "unsupported",
 ]

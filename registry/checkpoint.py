@@ -86,6 +86,10 @@ class CheckpointFormat(ABC):
             layer: The layer's transformers name.
         """
 
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight that a layer's stored tensors stand for, float32 `[out_features, in_features]`."""
+
     def covers(self, layer: str) -> bool:
         """Whether a linear layer is stored in this format; most leave the LM head as it is."""
         return layer != "lm_head"

@@ -12,7 +12,6 @@ import dataclasses
 import fnmatch
 import itertools
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -27,6 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from registry.environments import ROOT
 from registry.outcome import BadInput, nearest
 from registry.plugins import KINDS, Catalog
 from registry.schema import GROUPS, Config
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.override_parser.types import Override
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = ROOT / "conf"
 CONFIG_NAME = "config"
 HYDRA_ALLOWED = ("hydra/launcher", "hydra.launcher.*", "hydra.verbose")
 """Hydra's own keys that a call may set: which launcher runs the cells, and how much Hydra says.

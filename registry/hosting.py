@@ -70,6 +70,18 @@ def materialize(
     return converted
 
 
+def streamed_bytes(held: Iterable[Tensor], looked_up: Tensor | None, batch_size: int) -> int:
+    """Bytes of weights that a step reads: every storage once, but of a table that is looked up a row a stream.
+
+    Args:
+        held: Every weight, the table too.
+        looked_up: The input embedding `[vocab, hidden]`, or `None` where it is the head and read in full.
+        batch_size: Streams.
+    """
+    whole = tensor_bytes(held)
+    return whole if looked_up is None else whole - looked_up.nbytes + batch_size * looked_up[0].nbytes
+
+
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each storage once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

@@ -126,7 +126,7 @@ class Exl2(Quant, CheckpointFormat):
         }
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight that a checkpoint's tensors stand for, float32 `[out_features, in_features]`."""
+        """See `CheckpointFormat.decode`."""
         import torch
 
         words, groups = tensors["q_weight"], tensors["q_groups"].tolist()

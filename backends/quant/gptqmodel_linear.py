@@ -7,7 +7,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backends.quant.layouts import ROWS, GroupwiseLayout, GroupwiseOptions
+from backends.quant.layouts import ROWS, GroupwiseLayout, GroupwiseOptions, check_scales
 from registry.api import BadInput, LinearFormat, Requirement, nearest, unsupported
 
 if TYPE_CHECKING:
@@ -169,8 +169,7 @@ class GroupwiseLinear(GroupwiseLayout, LinearFormat):
         import torch
 
         scales = tensors["scales"]
-        if not bool(scales.isfinite().all()):
-            raise unsupported("the checkpoint is damaged: a scale is infinite or no number")
+        check_scales(scales)
         kernel = self.kernel(self.options, scales.device.type)
         layer_class: Any = getattr(importlib.import_module(kernel.module), kernel.layer)
         dtype = linear.weight.dtype

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backends.quant import groupwise
-from registry.api import BadInput, CheckpointFormat, Quant, Stored, nearest
+from registry.api import BadInput, CheckpointFormat, Quant, Stored, nearest, unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,10 +74,6 @@ class GroupwiseLayout(Quant, CheckpointFormat):
             raise BadInput(f"the folder's group size is {group_size}; {nearest('', map(str, GROUP_SIZES))}")
         self.options = replace(self.options, group_size=group_size)
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight that a checkpoint's tensors stand for, float32 `[out_features, in_features]`."""
-        raise NotImplementedError
-
 
 class GptqLayout(GroupwiseLayout):
     """AutoGPTQ's: eight input features to a word, and the index of each one's group."""
@@ -133,11 +129,21 @@ class GptqLayout(GroupwiseLayout):
         }
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """See `GroupwiseLayout.decode`."""
+        """See `CheckpointFormat.decode`."""
         group = tensors["g_idx"].long()
         zeros = groupwise.unpack_columns(tensors["qzeros"]).float() + 1
         codes = groupwise.unpack_rows(tensors["qweight"]).float()
         return ((codes - zeros[group]) * tensors["scales"].float()[group]).T.contiguous()
+
+
+def check_scales(scales: Tensor) -> None:
+    """Refuse what headers do not tell: a damaged folder's scales.
+
+    Raises:
+        Refused: One is infinite or no number.
+    """
+    if not bool(scales.isfinite().all()):
+        raise unsupported("the checkpoint is damaged: a scale is infinite or no number")
 
 
 def in_order(g_idx: Tensor) -> bool:
@@ -191,13 +197,11 @@ class AwqLayout(GroupwiseLayout):
         }
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """See `GroupwiseLayout.decode`."""
-        return groupwise.dequantize(self.codes(tensors))
-
-    def codes(self, tensors: Mapping[str, Tensor]) -> groupwise.Codes:
-        """Codes, scales and zeros out of a checkpoint's words."""
-        return groupwise.Codes(
-            groupwise.unpack_columns(tensors["qweight"], groupwise.AWQ_ORDER).T,
-            tensors["scales"].T,
-            groupwise.unpack_columns(tensors["qzeros"], groupwise.AWQ_ORDER).T,
+        """See `CheckpointFormat.decode`."""
+        return groupwise.dequantize(
+            groupwise.Codes(
+                groupwise.unpack_columns(tensors["qweight"], groupwise.AWQ_ORDER).T,
+                tensors["scales"].T,
+                groupwise.unpack_columns(tensors["qzeros"], groupwise.AWQ_ORDER).T,
+            )
         )
