@@ -71,7 +71,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         for name in ("cwd", "tmp"):
             (folder / name).mkdir(parents=True)
         tracking = [f"tracking.uri={database(home)}", f"tracking.artifacts={home}/artifacts"]
-        kept = [f"records={folder}/records", f"cache.folder={home}/cache"]
+        kept = [f"records={folder}/records", f"cache.folder={folder}/cache"]
         fixed = ["model=tiny", "gpu=cpu", "context=32", "protocol.threads=1", *kept, *tracking]
         path = os.pathsep.join(filter(None, [str(FAULTS), os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(

@@ -179,7 +179,7 @@ def test_what_needs_cuda_is_a_row(measured: Sweep) -> None:
 
 def test_synthetic_folders_are_told_and_kept(measured: Sweep) -> None:
     assert measured.stderr.count("synthesize gptq weights") == 1
-    kept = measured.home / "cache" / "checkpoints"
+    kept = measured.folder / "cache" / "checkpoints"
     assert {folder.name.rpartition("-")[0] for folder in kept.iterdir() if folder.is_dir()} >= {
         "tiny-gptq",
         "tiny-awq",
