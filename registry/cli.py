@@ -9,9 +9,9 @@ from typing import Any
 
 from registry.architecture import Architecture
 from registry.checkpoint import CheckpointFormat
-from registry.compose import Composer
-from registry.display import console
-from registry.outcome import BadInput, Refused
+from registry.compose import NO_EXPERIMENT, Composer
+from registry.display import console, tell_report
+from registry.outcome import BadInput, Refused, nearest
 from registry.plan import plugin_options
 from registry.plugins import Catalog
 from registry.synthesis import write_checkpoint
@@ -33,8 +33,18 @@ def main(arguments: list[str] | None = None) -> int:
     synthesizer.add_argument(
         "overrides", nargs="+", metavar="KEY=VALUE", help="model=... quant=... out=DIR, and their options"
     )
+    reporter = commands.add_parser("report", help="tell of an experiment's runs in MLflow: a page, tables, verdicts")
+    reporter.add_argument("experiment", help="its name; python runner.py --help lists them")
+    reporter.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="out=DIR, sweep=ID,ID, and tracking.KEY=VALUE: where MLflow is",
+    )
     args = parser.parse_args(arguments)
     try:
+        if args.command == "report":
+            return _report(args.experiment, args.overrides)
         if args.command == "synthesize":
             return _synthesize(args.overrides)
         return _import(args.folder, args.overrides)
@@ -78,6 +88,27 @@ def _synthesize(overrides: list[str]) -> int:
     except OSError as error:
         raise BadInput(f"out={folders[0]} cannot be written: {error}") from error
     print(f"{folders[0]}: run it with model.weights={folders[0]} quant={config.quant.name} model={config.model.name}")
+    return 0
+
+
+def _report(name: str, overrides: list[str]) -> int:
+    """Write an experiment's report to `out=DIR` and log it to the runs of its sweeps."""
+    from registry.report.recorded import report
+
+    composer = Composer(Catalog())
+    own = {key: value for key, _, value in (text.partition("=") for text in overrides) if key in ("out", "sweep")}
+    known = [option for option in composer.options("experiment") if option != NO_EXPERIMENT]
+    if name not in known:
+        raise BadInput(f"no experiment is called {name!r}: {nearest(name, known)}")
+    (job,) = composer.jobs([text for text in overrides if text.partition("=")[0] not in own], multirun=False)
+    config = composer.cell([*job, f"experiment={name}"])
+    validate(config)
+    sweeps = [sweep for sweep in own.get("sweep", "").split(",") if sweep]
+    folder = Path(own.get("out") or f"reports/{name}")
+    try:
+        tell_report(*report(config, sweeps, folder))
+    except OSError as error:
+        raise BadInput(f"out={folder} cannot be written: {error}") from error
     return 0
 
 

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 CONF = ROOT / "conf"
 CONFIG_NAME = "config"
+EXPERIMENT = "experiment"
+NO_EXPERIMENT = "none"
+SHORT = {"protocol.context": "context"}
+"""Keys that have a short form."""
 HYDRA_ALLOWED = ("hydra/launcher", "hydra.launcher.*", "hydra.verbose")
 """Hydra's own keys that a call may set: which launcher runs the cells, and how much Hydra says.
 
@@ -105,13 +109,32 @@ class Composer:
             parsed = [override for text in overrides for override in self._parser.parse_overrides([text])]
         except HydraException as error:
             raise BadInput(f"cannot read an override: {str(error).splitlines()[0]}") from error
-        axes: dict[str, list[str]] = {}
         for override in parsed:
             self._check(override, multirun)
-            if not override.is_hydra_override():
-                axes[override.get_key_element()] = _texts(override)
         self._check_hydra([override.input_line or "" for override in parsed if override.is_hydra_override()])
-        return [list(job) for job in itertools.product(*axes.values())]
+        axes = {o.get_key_element(): _texts(o) for o in parsed if not o.is_hydra_override()}
+        jobs: dict[tuple[str, ...], None] = {}  # in order, and those that two products of an experiment share once
+        for experiment in axes.pop(EXPERIMENT, [""]):
+            for product in self._products(experiment, multirun):
+                jobs |= dict.fromkeys(itertools.product(*_with(product, axes).values()))
+        return [list(job) for job in jobs]
+
+    def _products(self, experiment: str, multirun: bool) -> list[dict[str, list[str]]]:
+        """The axes of each product of an experiment's cells; one product without an axis where there is none."""
+        config = to_config(self._groups((experiment,))).experiment if experiment else None
+        if config is None or config.name == NO_EXPERIMENT:
+            return [{}]
+        if not multirun:
+            raise BadInput(f"{experiment} is a sweep, add -m: python runner.py -m {experiment} ...")
+        if not config.cells:
+            raise BadInput(f"{experiment} measures nothing, it tells of recorded runs: rfloor report {config.name}")
+        products = []
+        for cells in config.cells:
+            parsed = [self._parser.parse_overrides([_text(str(key), value)])[0] for key, value in cells.items()]
+            for override in parsed:
+                self._check(override, multirun=True)
+            products.append({EXPERIMENT: [experiment]} | {o.get_key_element(): _texts(o) for o in parsed})
+        return products
 
     def cell_overrides(self, overrides: Sequence[str]) -> list[str]:
         """Those of a call's overrides that are its cells' and not Hydra's own."""
@@ -242,6 +265,19 @@ def explain(error: BaseException) -> str:
         add = f"; +{key}=VALUE adds it" if OPEN_KEYS.match(str(key)) else ""
         return f"no key is called {key!r}: {nearest(str(error.key), [str(child) for child in parent])}{add}"
     return f"{key}: {first}" if key and key not in first else first
+
+
+def _text(key: str, value: Any) -> str:
+    """An axis of an experiment as it would be typed: `key=a,b`."""
+    values = value if isinstance(value, list) else [value]
+    texts = ["null" if one is None else str(one).lower() if isinstance(one, bool) else str(one) for one in values]
+    return f"{key}={','.join(texts)}"
+
+
+def _with(product: dict[str, list[str]], axes: dict[str, list[str]]) -> dict[str, list[str]]:
+    """An experiment's axes with those that the call gives in place of the same."""
+    given = {SHORT.get(key, key) for key in axes}
+    return {key: texts for key, texts in product.items() if SHORT.get(key, key) not in given} | axes
 
 
 def _texts(override: Override) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -10,17 +12,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from registry import floor
+from registry import floor, stats
 from registry.outcome import Outcome
 from registry.schema import GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from registry.plan import Cell
     from registry.record import Record
+    from registry.report.document import Report
 
-AXES = tuple(group for group in GROUPS if group not in ("protocol", "tracking"))
+AXES = tuple(group for group in GROUPS if group not in ("protocol", "experiment", "tracking"))
 PIPE_WIDTH = 160  # where nobody has a window, nothing is folded
 NARROW = 100
 STYLES = {Outcome.OK: "green", Outcome.OOM: "yellow", Outcome.UNSUPPORTED: "yellow"}
@@ -34,6 +38,8 @@ FIGURES = (
     ("peak GB", "peak_memory_gb", "{:.2f}", NARROW),
 )
 """Heading, metric, format, and the least width of window that has room for it."""
+SPREADS = (("within",), ("across",))
+"""Headings of the spreads of a cell that was measured in several sessions."""
 
 
 def console(stderr: bool = False) -> Console:
@@ -103,39 +109,91 @@ class Reporter:
 
 
 def results(records: Sequence[Record], width: int) -> Table:
-    """One row a cell: the axes that differ, the outcome, the figures that fit."""
-    cells = [_axes(record.config) for record in records]
-    table, axes = _table(cells)
+    """One row a cell: the axes that differ, the outcome, the figures that fit.
+
+    A cell that was measured in several sessions has the medians of their figures, and the spread of its step times
+    within a session beside that of the sessions' medians.
+    """
+    cells = _by_cell(records)
+    told = [axes_of(one[0].config) for one in cells]
+    table, axes = _table(told)
     figures = [figure for figure in FIGURES if width >= figure[3]]
     table.add_column("outcome", no_wrap=True)
-    for heading, *_ in figures:
+    repeated = len(cells) < len(records)
+    for heading, *_ in [*figures, *(SPREADS if repeated else ())]:
         table.add_column(heading, justify="right", no_wrap=True)
-    for row, (record, cell) in enumerate(zip(records, cells, strict=True), start=1):
-        style = STYLES.get(record.outcome, "red")
+    for row, (sessions, cell) in enumerate(zip(cells, told, strict=True), start=1):
         table.add_row(
             str(row),
             *(escape(cell[axis]) for axis in axes),
-            f"[{style}]{record.outcome.value}[/]",
-            *(form.format(record.metrics[name]) if name in record.metrics else "" for _, name, form, _ in figures),
+            _outcomes(sessions),
+            *(_median(sessions, name, form) for _, name, form, _ in figures),
+            *(_spreads(sessions) if repeated else ()),
         )
     return table
 
 
+def _by_cell(records: Sequence[Record]) -> list[list[Record]]:
+    """The sessions of each cell; those of equal identity in one sweep are one cell."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(f"{record.cell_id} {record.label}", []).append(record)
+    return [*groups.values()]
+
+
+def _outcomes(sessions: Sequence[Record]) -> str:
+    counts = Counter(record.outcome for record in sessions)
+    if len(counts) == 1:
+        outcome = sessions[0].outcome
+        return f"[{STYLES.get(outcome, 'red')}]{outcome.value}[/]"
+    return ", ".join(f"[{STYLES.get(outcome, 'red')}]{outcome.value}[/] x{n}" for outcome, n in counts.items())
+
+
+def _median(sessions: Sequence[Record], metric: str, form: str) -> str:
+    values = [record.metrics[metric] for record in sessions if metric in record.metrics]
+    return form.format(median(values)) if values else ""
+
+
+def _spreads(sessions: Sequence[Record]) -> list[str]:
+    times = [record.step_times_ms for record in sessions if record.step_times_ms]
+    if not times:
+        return ["", ""]
+    found = stats.spread(times)
+    return [f"{found.within:.1%}", "" if found.across is None else f"{found.across:.1%}"]
+
+
 def notes(records: Sequence[Record]) -> list[str]:
     """Why cells were not measured and what weakens those that were, each once with its rows' numbers."""
-    rows: dict[str, list[int]] = {}
-    for row, record in enumerate(records, start=1):
-        if record.reason:
-            remedy = f". {record.remedy}" if record.remedy else ""
-            rows.setdefault(f"{record.outcome.value}: {record.reason}{remedy}", []).append(row)
-        for warning in record.warnings:
-            rows.setdefault(f"warning: {warning}", []).append(row)
-    return [f"{_numbers(found)} {text}" for text, found in rows.items()]
+    rows: dict[str, dict[int, None]] = {}
+    for row, sessions in enumerate(_by_cell(records), start=1):
+        for record in sessions:
+            if record.reason:
+                remedy = f". {record.remedy}" if record.remedy else ""
+                rows.setdefault(f"{record.outcome.value}: {record.reason}{remedy}", {})[row] = None
+            for warning in record.warnings:
+                rows.setdefault(f"warning: {warning}", {})[row] = None
+    return [f"{_numbers([*found])} {text}" for text, found in rows.items()]
+
+
+def tell_report(report: Report, files: Sequence[Path]) -> None:
+    """Print an experiment's first table, its verdicts and where the rest of it lies."""
+    out = console()
+    for table in report.sections[0].tables if report.sections else ():
+        shown = Table(title=escape(report.question), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for place, heading in enumerate(table.headings):
+            shown.add_column(heading, justify="left" if place < table.text_columns else "right")
+        for row in table.rows:
+            shown.add_row(*(escape(cell) for cell in row.cells))
+        out.print(shown)
+    for verdict in report.verdicts:
+        out.print(verdict, highlight=False, markup=False)
+    told = " and ".join(str(file) for file in files)
+    out.print(f"The report of {report.title}: {told}", highlight=False, markup=False, soft_wrap=True)
 
 
 def plan_table(cells: Sequence[Cell]) -> Table:
     """The dry run's table: what each cell would need and how it would end if not ok."""
-    told = [_axes(vars(cell.config)) for cell in cells]
+    told = [axes_of(vars(cell.config)) for cell in cells]
     table, axes = _table(told)
     for heading in ("floor ms", "needs GB", "of GB"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -193,7 +251,7 @@ def _table(cells: Sequence[Mapping[str, str]]) -> tuple[Table, list[str]]:
     return table, axes
 
 
-def _axes(config: Mapping[str, object]) -> dict[str, str]:
+def axes_of(config: Mapping[str, object]) -> dict[str, str]:
     """What distinguishes cells: the name chosen in each group, and the protocol's numbers."""
 
     def get(part: object, key: str) -> object:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import hashlib
 import importlib.util
 import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from registry.schema import what_is_measured
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -25,7 +26,8 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
     """Hash of everything that changes a measurement.
 
     Args:
-        config: The resolved cell. Where its runs and records go, and how long it may take, is left out.
+        config: The resolved cell. Where its runs and records go, what it is asked for, how often and how long
+            it may take is left out.
         device: The device that measures; its name and driver count, not which of several equal ones it is.
         modules: The plugins' modules.
         versions: Installed packages.
@@ -33,9 +35,7 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
     Returns:
         Sixteen hexadecimal digits.
     """
-    resolved = dataclasses.asdict(config)
-    for key in ("tracking", "cache", "context", "records", "dry_run", "sweep_id"):
-        del resolved[key]
+    resolved = what_is_measured(config)
     del resolved["protocol"]["timeout_s"]
     identity = {
         "config": resolved,

@@ -47,6 +47,8 @@ class Record:
         cell_id: The identity of what was measured (`registry.identity`).
         sweep_id: The call that it belongs to.
         index: Its place in that sweep, from 0.
+        experiment: Name of the experiment that it was measured for; empty for none.
+        session: Of how many times the sweep measured the cell this is which, from 0.
         outcome: How it ended.
         label: The cell in one line.
         reason: Why it ended so, empty for ok.
@@ -73,6 +75,8 @@ class Record:
     wall_s: float
     config: dict[str, Any]
     environment: dict[str, Any]
+    experiment: str = ""
+    session: int = 0
     reason: str = ""
     remedy: str = ""
     warnings: list[str] = field(default_factory=list)
@@ -107,6 +111,8 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "metrics": dict,
     "measured": dict,
 }
+LATER: dict[str, type] = {"experiment": str, "session": int}
+"""What records have had since there are experiments; those before are of none, and of one session."""
 
 
 def read(file: Path) -> Record:
@@ -116,15 +122,23 @@ def read(file: Path) -> Record:
         BadRecord: The file cannot be read, is no JSON object, or lacks what a record has.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise BadRecord(f"{file}: nested too deeply") from error
-    except (OSError, ValueError) as error:
-        raise BadRecord(f"{file}: {error}") from error
-    try:
-        return from_plain(content)
+        return from_plain(read_json(file))
     except BadRecord as error:
         raise BadRecord(f"{file}: {error}") from error
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        BadRecord: It cannot be read or is no JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise BadRecord("nested too deeply") from error
+    except (OSError, ValueError) as error:
+        raise BadRecord(str(error)) from error
 
 
 def from_plain(content: Any) -> Record:
@@ -138,10 +152,10 @@ def from_plain(content: Any) -> Record:
     version = content.get("schema_version")
     if version != SCHEMA_VERSION or type(version) is not int:
         raise BadRecord(f"schema version {version!r}, this rfloor reads {SCHEMA_VERSION}")
-    for name, kind in TYPES.items():
-        if name not in content:
+    for name, kind in (TYPES | LATER).items():
+        if name not in content and name in TYPES:
             raise BadRecord(f"no {name}")
-        if not isinstance(content[name], kind) or isinstance(content[name], bool):
+        if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool)):
             raise BadRecord(f"{name} is a {type(content[name]).__name__}")
     if content["outcome"] not in list(Outcome):
         raise BadRecord(f"an outcome is one of {', '.join(Outcome)}, not {content['outcome']!r}")

@@ -13,10 +13,9 @@ import sys
 import tempfile
 import time
 import uuid
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from registry import hardware, metrics
 from registry import record as records
@@ -24,16 +23,16 @@ from registry.cache import kernel_environment
 from registry.environments import ROOT, interpreter
 from registry.outcome import Outcome
 from registry.record import Record
-from registry.tracking import TrackingDown, artifacts
+from registry.schema import what_is_measured
+from registry.tracking import artifacts
 from registry.worker import STAGES_FD, Request, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
+    from registry.call import Call
     from registry.plan import Cell
-    from registry.tracking import Tracker
 
-T = TypeVar("T")
 REASON_LIMIT = 1000  # characters; the log beside the record has the rest
 FORCED_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's order: device 0 is the same to both
 CHILD_ENVIRONMENT = {
@@ -45,102 +44,53 @@ CHILD_ENVIRONMENT = {
 }
 
 
-@dataclass
-class Session:
-    """What the cells of one sweep share.
-
-    Attributes:
-        sweep_id: Ties them together.
-        tracker: MLflow; `None` when it is down.
-        stage: Told what a worker begins.
-        tracking_error: Why MLflow is no longer asked, empty while it is.
-        interrupted: The user wants the rest of the sweep not to start.
-        listening: A worker is being waited for, which an interrupt ends at once.
-    """
-
-    sweep_id: str
-    tracker: Tracker | None
-    stage: Callable[[str], None]
-    tracking_error: str = ""
-    interrupted: bool = False
-    listening: bool = False
-
-    def interrupt(self, *_: object) -> None:
-        """Handle SIGINT or SIGTERM: end the worker that is waited for, start no other.
-
-        Outside of that wait nothing is raised: records are written and runs are closed to their end.
-        """
-        self.interrupted = True
-        if self.listening:
-            self.listening = False
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def listen(self) -> Iterator[None]:
-        """Inside, an interrupt is raised as KeyboardInterrupt, one that came before it too."""
-        self.listening = True
-        try:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            yield
-        finally:
-            self.listening = False
-
-    def tracked(self, call: Callable[[Tracker], T]) -> T | None:
-        """Call MLflow; once it fails it is left alone, and the records wait for `rfloor import`."""
-        if self.tracker is None:
-            return None
-        try:
-            return call(self.tracker)
-        except TrackingDown as error:
-            self.tracker, self.tracking_error = None, str(error)
-            return None
-
-
-def run_cell(cell: Cell, index: int, session: Session) -> Record:
+def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
     """Measure a cell and keep its record; never raises for what happens inside the cell.
 
     Args:
         cell: Planned; one with a refusal gets its record without a worker.
         index: Its place in the sweep.
-        session: What it shares with the others.
+        session: In which of the sweep's sessions it is measured.
+        call: What it shares with the others.
     """
     started, clock = datetime.now(UTC), time.monotonic()
     record = Record(
         record_id=uuid.uuid4().hex,
         cell_id=cell.cell_id,
-        sweep_id=session.sweep_id,
+        sweep_id=call.sweep_id,
         index=index,
         outcome=Outcome.CRASH,
         label=cell.label,
         started_at=started.isoformat(timespec="milliseconds"),
         wall_s=0.0,
-        config=resolved(cell),
+        config=what_is_measured(cell.config),
         environment={
             "device": hardware.describe(cell.device),
             "versions": cell.versions,
             "git": hardware.collect_git(),
             "tags": cell.tags,
         },
+        experiment=cell.config.experiment.name if cell.config.experiment.cells else "",
+        session=session,
     )
-    file = records.path(Path(cell.config.records), cell.cell_id, session.sweep_id, index)
-    known = {"cell_id": cell.cell_id, "sweep_id": session.sweep_id, "gpu_name": cell.device.name}
-    run_id = session.tracked(lambda mlflow: mlflow.open(record.record_id, cell.label, record.config, known))
-    if session.interrupted:
+    file = records.path(Path(cell.config.records), cell.cell_id, call.sweep_id, index)
+    known = {"cell_id": cell.cell_id, "sweep_id": call.sweep_id, "gpu_name": cell.device.name}
+    run_id = call.tracked(lambda mlflow: mlflow.open(record.record_id, cell.label, record.config, known))
+    if call.interrupted:
         answer = {"outcome": Outcome.INTERRUPTED, "reason": "the sweep was interrupted before this cell"}
     elif cell.refusal:
         answer = dataclasses.asdict(cell.refusal)
     else:
-        answer = _ask_worker(cell, file.with_suffix(".log"), session)
+        answer = _ask_worker(cell, file.with_suffix(".log"), call)
     record.outcome = Outcome(answer.pop("outcome"))
     record.reason, record.remedy = (_sentence(answer.pop(key, "")) for key in ("reason", "remedy"))
     if record.outcome is Outcome.OK:
         record = _filled(record, cell, answer)
     record.wall_s = round(time.monotonic() - clock, 3)
     records.write(record, Path(cell.config.records))
-    session.interrupted |= record.outcome is Outcome.INTERRUPTED
+    call.interrupted |= record.outcome is Outcome.INTERRUPTED
     if run_id:
-        session.tracked(lambda mlflow: mlflow.close(run_id, record, artifacts(file)))
+        call.tracked(lambda mlflow: mlflow.close(run_id, record, artifacts(file)))
     return record
 
 
@@ -148,14 +98,6 @@ def _sentence(text: str) -> str:
     """`text` as MLflow and a terminal take it: of bounded length, lone surrogates (of file names) spelt out."""
     encodable = text.encode(errors="backslashreplace").decode()
     return encodable if len(encodable) <= REASON_LIMIT else f"{encodable[:REASON_LIMIT]}..."
-
-
-def resolved(cell: Cell) -> dict[str, Any]:
-    """The configuration that a record and MLflow keep: what was measured, not where it was told."""
-    config = dataclasses.asdict(cell.config)
-    for key in ("tracking", "cache", "context", "records", "dry_run", "sweep_id"):
-        del config[key]
-    return config
 
 
 def _filled(record: Record, cell: Cell, measured: dict[str, Any]) -> Record:
@@ -181,7 +123,7 @@ def fill(record: Record, cell: Cell, measured: dict[str, Any]) -> None:
     record.measured = measured
 
 
-def _ask_worker(cell: Cell, log: Path, session: Session) -> dict[str, Any]:
+def _ask_worker(cell: Cell, log: Path, call: Call) -> dict[str, Any]:
     """Run the child process and take its answer, or make one out of how it ended."""
     request = Request(cell.config, cell.device.kind, cell.targets, cell.mean_context)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -202,8 +144,8 @@ def _ask_worker(cell: Cell, log: Path, session: Session) -> dict[str, Any]:
         finally:
             os.close(write_end)
         try:
-            with session.listen():
-                finished = _wait(child, read_end, cell.config.protocol.timeout_s, session.stage)
+            with call.listen():
+                finished = _wait(child, read_end, cell.config.protocol.timeout_s, call.stage)
         except KeyboardInterrupt:
             return {"outcome": Outcome.INTERRUPTED, "reason": "interrupted by the user"}
         finally:

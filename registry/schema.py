@@ -100,6 +100,7 @@ class ProtocolConfig:
     batch_size: int = MISSING
     warmup_steps: int = MISSING
     measured_steps: int = MISSING
+    sessions: int = 1
     seed: int = MISSING
     timeout_s: float = MISSING
     threads: int | None = None
@@ -113,6 +114,58 @@ class TrackingConfig:
     uri: str = MISSING
     experiment: str = MISSING
     artifacts: str | None = None
+
+
+@dataclass
+class ClaimConfig:
+    """A threshold, fixed before anything is measured, beyond which a claim is dead.
+
+    It holds for cells whose GPU has a spec bandwidth above `above_gbs` or below `below_gbs`, and whose
+    configuration has the values of `where` (dotted keys).
+    """
+
+    claim: str = MISSING
+    killed_if: str = MISSING
+    speedup: float = MISSING
+    above_gbs: float | None = None
+    below_gbs: float | None = None
+    where: dict[str, Any] = field(default_factory=dict)
+    source: str = MISSING
+
+
+@dataclass
+class StudyFigure:
+    """A figure of the study, for the cells of `gpu` whose configuration has the values of `where` (dotted keys).
+
+    `metric` is one of a run's metrics or of a comparison's (`speedup`, `difference_ms`); `over` says what was taken
+    over several cells (`min`, `median`, `max`).
+    """
+
+    metric: str = MISSING
+    value: float = MISSING
+    gpu: str = MISSING
+    where: dict[str, Any] = field(default_factory=dict)
+    over: str = "median"
+    source: str = MISSING
+
+
+@dataclass
+class ExperimentConfig:
+    """A named sweep with its question: which cells, which arms are paired, what was claimed, what is told of it.
+
+    `cells` is a list of products, each an override's key and its values; `arms` names the group whose `baseline` and
+    `candidate` are measured back to back in each session.
+    """
+
+    name: str = MISSING
+    question: str = ""
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    arms: str | None = None
+    baseline: str | None = None
+    candidate: str | None = None
+    claims: list[ClaimConfig] = field(default_factory=list)
+    study: list[StudyFigure] = field(default_factory=list)
+    report: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -134,18 +187,32 @@ class Config:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     context: int | None = None
     records: str = "records"
     dry_run: bool = False
     sweep_id: str | None = None
+    session: int = 0
 
 
-GROUPS = ("model", "gpu", "backend", "quant", "attention", "execution", "protocol", "tracking")
+GROUPS = ("model", "gpu", "backend", "quant", "attention", "execution", "protocol", "experiment", "tracking")
 """The config groups, in the order in which a cell is told."""
 
+WHERE_TO = ("tracking", "cache", "context", "records", "dry_run", "sweep_id", "session", "experiment")
+"""Keys of a `Config` that say where a cell's runs go and who asks for it: not what is measured."""
+
 T = TypeVar("T")
+
+
+def what_is_measured(config: Config) -> dict[str, Any]:
+    """A cell's configuration in its plain form, without where its runs go, what asks for it and how often."""
+    plain = dataclasses.asdict(config)
+    for key in WHERE_TO:
+        del plain[key]
+    del plain["protocol"]["sessions"]
+    return plain
 
 
 def from_plain(cls: type[T], data: Any) -> T:
@@ -159,10 +226,12 @@ def from_plain(cls: type[T], data: Any) -> T:
         TypeError: A field is unknown to `cls`, or one without a default is missing.
     """
     hints = typing.get_type_hints(cls)
-    values = {
-        name: from_plain(hints[name], value)
-        if dataclasses.is_dataclass(hints.get(name)) and isinstance(value, dict)
-        else value
-        for name, value in data.items()
-    }
-    return cls(**values)
+    return cls(**{name: _typed(hints.get(name), value) for name, value in data.items()})
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return from_plain(hint, value)
+    if isinstance(value, list) and typing.get_origin(hint) is list:
+        return [_typed(typing.get_args(hint)[0], one) for one in value]
+    return value

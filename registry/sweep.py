@@ -21,10 +21,12 @@ from hydra._internal.utils import get_args_parser
 from hydra.experimental.callback import Callback
 
 from registry.compose import Composer, to_config
+from registry.experiments import blocks
 from registry.hardware import find_device
 from registry.outcome import BadInput
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
+from registry.sessions import order
 from registry.validate import SERVERS, redact
 
 if TYPE_CHECKING:
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
+    from registry.call import Call
     from registry.display import Reporter
-    from registry.run import Session
+    from registry.record import Record
     from registry.schema import Config, TrackingConfig
 
 BAD_INPUT = 2
@@ -44,17 +47,30 @@ REFUSED_FLAGS = ("config_path", "config_name", "config_dir", "experimental_rerun
 
 
 @dataclass
+class Job:
+    """One cell in one session.
+
+    Attributes:
+        overrides: The cell's.
+        cell: The same, planned.
+        session: Which of the sweep's sessions.
+    """
+
+    overrides: list[str]
+    cell: Cell
+    session: int
+
+
+@dataclass
 class Sweep:
     """One call's cells.
 
     Attributes:
-        jobs: Each cell's overrides.
-        cells: The same, planned.
+        jobs: In the order in which they run.
         sweep_id: Ties the runs together.
     """
 
-    jobs: list[list[str]]
-    cells: list[Cell]
+    jobs: list[Job]
     sweep_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")
 
 
@@ -62,7 +78,7 @@ class Sweep:
 class Running:
     """What `job` shares with the sweep when a launcher runs it in the sweep's own process."""
 
-    session: Session
+    call: Call
     reporter: Reporter
 
 
@@ -95,8 +111,8 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     except BadInput as error:
         print(f"rfloor: {redact(str(error))}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    if any(cell.config.dry_run for cell in _sweep.cells):
-        tell_plan(_sweep.cells)
+    if any(job.cell.config.dry_run for job in _sweep.jobs):
+        tell_plan([job.cell for job in _sweep.jobs if job.session == 0])
         sys.exit(0)
     kept_back = composer.cell_overrides(args.overrides)
     return [argument for argument in arguments if argument not in kept_back]
@@ -161,12 +177,18 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
             cells.append(planner.plan(composer.cell(job_overrides)))
         except BadInput as error:
             problems.setdefault(str(error), " ".join(job_overrides))
-    if len({str(cell.config.tracking) for cell in cells}) > 1:
-        problems.setdefault("a sweep has one tracking for all of its cells", " ".join(args.overrides))
+    for what, values in {
+        "tracking": [str(cell.config.tracking) for cell in cells],
+        "number of sessions": [str(cell.config.protocol.sessions) for cell in cells],
+    }.items():
+        if len(set(values)) > 1:
+            problems.setdefault(f"a sweep has one {what} for all of its cells", " ".join(args.overrides))
     if problems:
         many = len(jobs) > 1
         raise BadInput("\n        ".join(f"{p} (in: {where})" if many else p for p, where in problems.items()))
-    return Sweep(jobs, cells)
+    protocol = cells[0].config.protocol
+    ordered = order(blocks(jobs, cells), protocol.sessions, protocol.seed)
+    return Sweep([Job(jobs[place], cells[place], session) for session, place in ordered])
 
 
 @cache
@@ -202,14 +224,17 @@ class SweepCallback(Callback):
         raise SystemExit(code)
 
 
-def run(sweep: Sweep, config: DictConfig) -> int:
+def run(sweep: Sweep, composed: DictConfig) -> int:
     """Launch the cells, tell how they ended, and return the exit code."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext
 
-    from registry.display import Reporter
-    from registry.run import Session
+    from registry import record as records
+    from registry.call import Call
+    from registry.display import Reporter, tell_report
+    from registry.experiment_runs import close_runs, open_runs
+    from registry.registration import register
 
     global _running
     hydra = GlobalHydra.instance().hydra
@@ -217,20 +242,26 @@ def run(sweep: Sweep, config: DictConfig) -> int:
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=_no_callbacks()),
         task_function=job,
-        config=config,
+        config=composed,
     )
-    jobs = [[*overrides, f"sweep_id={sweep.sweep_id}"] for overrides in sweep.jobs]
+    jobs = [[*job.overrides, f"sweep_id={sweep.sweep_id}", f"session={job.session}"] for job in sweep.jobs]
+    config = sweep.jobs[0].cell.config
     with Reporter(len(jobs)) as reporter:
-        session = Session(sweep.sweep_id, None, reporter.stage)
+        call = Call(sweep.sweep_id, None, reporter.stage)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, session.interrupt)
-        tracking = sweep.cells[0].config.tracking
-        reporter.stage(f"opening {tracking.uri.partition('://')[0]} tracking")
-        _track(session, tracking)
-        _running = Running(session, reporter)
-        returns = launcher.launch(jobs, initial_job_idx=0)
-    page = session.tracker.page if session.tracker else ""
-    return _conclude([ended.return_value for ended in returns], sweep.cells[0].config, page)
+            signal.signal(number, call.interrupt)
+        reporter.stage(f"opening {config.tracking.uri.partition('://')[0]} tracking")
+        _track(call, config.tracking)
+        registered = register(sweep.sweep_id, [(job.session, job.cell) for job in sweep.jobs])
+        opened = open_runs(registered, Path(config.records), call)
+        _running = Running(call, reporter)
+        ended = [one.return_value for one in launcher.launch(jobs, initial_job_idx=0)]
+    found = [records.from_plain(one["record"]) for one in ended]
+    errors = {one["tracking_error"] for one in ended if one["tracking_error"]}
+    _tell(found, errors, config, call.tracker.page if call.tracker else "")
+    for report, files in close_runs(opened, found, call):
+        tell_report(report, files)
+    return 0 if not errors and all(record.outcome.benign for record in found) else 1
 
 
 def job(config: DictConfig) -> dict[str, Any]:
@@ -241,43 +272,41 @@ def job(config: DictConfig) -> dict[str, Any]:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from registry.run import Session, run_cell
+    from registry.call import Call
+    from registry.run import run_cell
 
     number = HydraConfig.get().job.num
     if _running and _sweep:  # as planned before the sweep began, whatever has become of its files since
-        cell, session = _sweep.cells[number], _running.session
+        cell, call = _sweep.jobs[number].cell, _running.call
         _running.reporter.begin(cell.label)
     else:
         cell = _planner().plan(to_config(config))
-        session = Session(config.sweep_id, None, lambda _: None)
-        _track(session, cell.config.tracking)
-    record = run_cell(cell, number, session)
+        call = Call(config.sweep_id, None, lambda _: None)
+        _track(call, cell.config.tracking)
+    record = run_cell(cell, number, config.session, call)
     if _running:
         _running.reporter.done(record)
-    return {"record": record.plain(), "tracking_error": session.tracking_error}
+    return {"record": record.plain(), "tracking_error": call.tracking_error}
 
 
-def _track(session: Session, tracking: TrackingConfig) -> None:
+def _track(call: Call, tracking: TrackingConfig) -> None:
     """Open MLflow, or note why that failed."""
     from registry.tracking import Tracker, TrackingDown
 
     try:
-        session.tracker = Tracker(tracking)
+        call.tracker = Tracker(tracking)
     except TrackingDown as error:
-        session.tracking_error = str(error)
+        call.tracking_error = str(error)
 
 
-def _conclude(ended: list[dict[str, Any]], config: Config, page: str) -> int:
-    """Print table, notes and what to do next; the exit code."""
-    from registry import record as records
+def _tell(found: Sequence[Record], errors: set[str], config: Config, page: str) -> None:
+    """Print table, notes and what to do next."""
     from registry.display import console, notes, results
 
-    found = [records.from_plain(one["record"]) for one in ended]
     out = console()
     out.print(results(found, out.width))
     for line in notes(found):
         out.print(line, highlight=False, markup=False)
-    errors = {one["tracking_error"] for one in ended if one["tracking_error"]}
     uri = redact(config.tracking.uri)
     later = f"rfloor import {config.records} tracking.uri={uri}"
     for error in errors:
@@ -287,7 +316,6 @@ def _conclude(ended: list[dict[str, Any]], config: Config, page: str) -> int:
     else:
         opens = f"{_mlflow()} ui --backend-store-uri {_absolute(uri)}, then open http://127.0.0.1:5000{page}"
     out.print(f"Compare the runs in the MLflow UI: {opens}", highlight=False, markup=False, soft_wrap=True)
-    return 0 if not errors and all(record.outcome.benign for record in found) else 1
 
 
 def _mlflow() -> str:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry import record as records
+from registry import registration as registrations
 from registry.kernels import short
 from registry.outcome import Outcome, Refusal
+from registry.registration import KIND, Registration
 from registry.validate import SERVERS, redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from registry.record import Record
     from registry.schema import TrackingConfig
@@ -36,6 +38,10 @@ STATUS = {
 PARAM_LIMIT = 6000  # characters of one parameter that MLflow's databases hold
 TAG_LIMIT = 8000
 NAME_LIMIT = 250
+RECORD = "cell.json"
+"""The artifact of a cell's run that is its record."""
+REGISTRATION = "registration.json"
+"""The artifact of an experiment's run that holds what was fixed beforehand."""
 VIEW = "rfloor"
 """Key and name of the saved view that an experiment of ours has in MLflow's UI: the axes beside the figures,
 where the UI alone would show neither."""
@@ -51,6 +57,7 @@ VIEW_COLUMNS = {
     "metrics.floor_ms": 80,
     "metrics.peak_memory_gb": 130,
     "tags.outcome": 100,
+    "tags.experiment": 110,
     "tags.kernels": 260,
     "params.protocol.context": 120,
     "params.backend.name": 100,
@@ -175,6 +182,36 @@ class Tracker:
         ]
         _guard(self._client.log_batch, run_id, params=params)
 
+    def open_experiment(self, registration: Registration, file: Path) -> str:
+        """Start the run of an experiment, with what was registered of it; its cells have runs of their own.
+
+        Args:
+            registration: What was fixed beforehand.
+            file: Where it lies.
+
+        Returns:
+            The run's id.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        name = f"experiment {registration.experiment.name}"
+        run_id = self.open(registration.record_id, name, {}, registration.tags(), registration.registered_at)
+        _guard(self._log_artifact, run_id, REGISTRATION, file)
+        return run_id
+
+    def close_experiment(self, run_id: str, verdicts: Sequence[str], files: Sequence[Path]) -> None:
+        """Log an experiment's verdicts and report, and end its run.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        if verdicts:
+            _guard(self._client.set_tag, run_id, "verdict", "\n".join(verdicts)[:TAG_LIMIT])
+        for file in files:
+            _guard(self._log_artifact, run_id, file.name, file)
+        _guard(self._client.set_terminated, run_id, status="FINISHED")
+
     def close(self, run_id: str, record: Record, files: Mapping[str, Path]) -> None:
         """Log a record's results into its run and end it.
 
@@ -218,16 +255,35 @@ class Tracker:
         return {
             run.data.tags[RECORD_TAG]: (
                 run.info.run_id,
-                "outcome" in run.data.tags and run.info.status != "RUNNING",
+                run.info.status != "RUNNING" and ("outcome" in run.data.tags or run.data.tags.get("kind") == KIND),
             )
             for run in self._runs()
             if RECORD_TAG in run.data.tags
         }
 
-    def _runs(self) -> Iterator[Any]:
+    def recorded(self, name: str, experiment: str = "") -> list[tuple[str, Any]]:
+        """The JSON that runs keep under `name`, with each run's id.
+
+        Args:
+            name: Of the artifact; runs without it are passed over.
+            experiment: Only runs of this experiment of ours; empty for all.
+
+        Raises:
+            TrackingDown: See the class.
+            BadRecord: An artifact is no JSON.
+        """
+        found = []
+        with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
+            for run in self._runs(f"tags.experiment = '{experiment}'" if experiment else ""):
+                if (run.data.tags.get("kind") == KIND) == (name == REGISTRATION) and run.info.status != "RUNNING":
+                    file = _guard(self._client.download_artifacts, run.info.run_id, name, folder)
+                    found.append((run.info.run_id, records.read_json(Path(file))))
+        return found
+
+    def _runs(self, where: str = "") -> Iterator[Any]:
         token = None
         while True:
-            page = _guard(self._client.search_runs, [self._experiment], max_results=1000, page_token=token)
+            page = _guard(self._client.search_runs, [self._experiment], where, max_results=1000, page_token=token)
             yield from page
             token = page.token
             if not token:
@@ -246,6 +302,8 @@ def tags(record: Record) -> dict[str, str]:
         "mlflow.note.content": _description(record),
         "cell_id": record.cell_id,
         "sweep_id": record.sweep_id,
+        "experiment": record.experiment,
+        "session": record.session or ("0" if record.experiment else ""),
         "gpu_name": device.get("name", ""),
         "driver": device.get("driver", ""),
         "git_commit": git.get("commit", ""),
@@ -290,7 +348,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def artifacts(file: Path) -> dict[str, Path]:
     """What a run keeps beside its figures, given where its record lies."""
-    return {"cell.json": file, "worker.log": file.with_suffix(".log")}
+    return {RECORD: file, "worker.log": file.with_suffix(".log")}
 
 
 def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], list[str]]:
@@ -313,22 +371,44 @@ def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], 
     problems = []
     for file in sorted(folder.rglob("*.json")):
         try:
-            record = records.read(file)
+            content = records.read_json(file)
+            found = _of_any_kind(content)
         except records.BadRecord as error:
-            problems.append(str(error))
+            problems.append(f"{file}: {error}")
             continue
-        run_id, complete = known.get(record.record_id, ("", False))
+        run_id, complete = known.get(found.record_id, ("", False))
         if complete:
             counts["present"] += 1
             continue
         counts["completed" if run_id else "imported"] += 1
-        if run_id:
-            tracker.log_params(run_id, record.config)
-        else:
-            run_id = tracker.open(record.record_id, record.label, record.config, tags(record), record.started_at)
-        tracker.close(run_id, record, artifacts(file))
-        known[record.record_id] = (run_id, True)
+        run_id = _import(tracker, found, run_id, file)
+        known[found.record_id] = (run_id, True)
     return counts, problems
+
+
+def _of_any_kind(content: Any) -> Record | Registration:
+    """What a JSON file beside the records is.
+
+    Raises:
+        BadRecord: Neither a record nor a registration.
+    """
+    if isinstance(content, dict) and content.get("kind") == KIND:
+        return registrations.from_json(content)
+    return records.from_plain(content)
+
+
+def _import(tracker: Tracker, found: Record | Registration, run_id: str, file: Path) -> str:
+    """Log what MLflow lacks of a record or a registration; its run's id."""
+    if isinstance(found, Registration):
+        run_id = run_id or tracker.open_experiment(found, file)
+        tracker.close_experiment(run_id, (), ())
+        return run_id
+    if run_id:
+        tracker.log_params(run_id, found.config)
+    else:
+        run_id = tracker.open(found.record_id, found.label, found.config, tags(found), found.started_at)
+    tracker.close(run_id, found, artifacts(file))
+    return run_id
 
 
 def _guard(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from registry.outcome import BadInput, nearest
+from registry.schema import GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 EXECUTIONS = ("eager", "cuda_graph")
 CACHES = ("dynamic", "static")
+SIDES = ("below", "above")
+"""Of its threshold on which a claim may be dead."""
+OVER = ("min", "median", "max")
+"""What a figure of the study may be over several cells."""
+SECTIONS = ("batches", "matrix", "pairs", "variants", "study", "steps")
+"""What a report may be made of."""
 MODEL_TYPES = ("qwen2", "llama", "mistral")
 """The Llama-shaped families whose tensors rfloor knows by name."""
 BIASES = {"qwen2": True, "llama": False, "mistral": False}
@@ -42,7 +49,7 @@ def validate(config: Config) -> None:
     """
     problems = [*_numbers(dataclasses.asdict(config))]
     if not problems:  # what is no number lies in no range
-        problems += [*_model(config), *_gpu(config.gpu), *_protocol(config), *_choices(config)]
+        problems += [*_model(config), *_gpu(config.gpu), *_protocol(config), *_choices(config), *_experiment(config)]
     problems += _tracking(config.tracking)
     if problems:
         raise BadInput("; ".join(problems))
@@ -105,7 +112,15 @@ def _gpu(gpu: GpuConfig) -> Iterator[str]:
 
 def _protocol(config: Config) -> Iterator[str]:
     p = config.protocol
-    least = {"context": 1, "batch_size": 1, "warmup_steps": 0, "measured_steps": 1, "seed": 0, "timeout_s": 1}
+    least = {
+        "context": 1,
+        "batch_size": 1,
+        "warmup_steps": 0,
+        "measured_steps": 1,
+        "sessions": 1,
+        "seed": 0,
+        "timeout_s": 1,
+    }
     for name, minimum in least.items():
         if getattr(p, name) < minimum:
             yield f"protocol.{name}={getattr(p, name)}: at least {minimum}"
@@ -120,6 +135,26 @@ def _protocol(config: Config) -> Iterator[str]:
             f"{config.model.name} takes {config.model.max_context}: "
             f"at most context={config.model.max_context - p.warmup_steps - p.measured_steps}"
         )
+
+
+def _experiment(config: Config) -> Iterator[str]:
+    e = config.experiment
+    told = f"experiment={e.name}"
+    if e.arms is not None and (e.arms not in GROUPS or None in (e.baseline, e.candidate)):
+        yield f"{told}: arms is one of {', '.join(GROUPS)}, and has a baseline and a candidate"
+    if e.claims and e.arms is None:
+        yield f"{told}: a claim is made of two arms, and none are named"
+    for claim in e.claims:
+        if claim.killed_if not in SIDES:
+            yield f"{told}: killed_if={claim.killed_if}: {nearest(claim.killed_if, SIDES)}"
+        if claim.speedup <= 0:
+            yield f"{told}: speedup={claim.speedup}: more than 0"
+    for figure in e.study:
+        if figure.over not in OVER:
+            yield f"{told}: over={figure.over}: {nearest(figure.over, OVER)}"
+    for section in e.report:
+        if section not in SECTIONS:
+            yield f"{told}: no section of a report is called {section}: {nearest(section, SECTIONS)}"
 
 
 def _choices(config: Config) -> Iterator[str]:

@@ -86,3 +86,110 @@ def test_what_is_told_holds_the_figures() -> None:
         "unsteady: the slowest step lies 50% off the mean",
         "unsteady: the fastest step lies 50% off the mean",
     ]
+
+
+# Two arms over sessions
+
+
+def test_a_comparison_of_known_medians() -> None:
+    """The study's Table 2 has no rows left; these are made so that every figure is known by hand."""
+    found = stats.compare([12.0, 12.0, 15.0], [10.0, 10.0, 10.0], seed=0)
+    assert found.ratios == pytest.approx((1.2, 1.2, 1.5))
+    assert found.mean == pytest.approx(1.3)
+    # sd = sqrt(.03), t(.975, 2) = 4.30265
+    half = 4.302653 * math.sqrt(0.03 / 3)
+    assert found.student is not None
+    assert (found.student.low, found.student.high) == pytest.approx((1.3 - half, 1.3 + half))
+    assert found.cv == pytest.approx(math.sqrt(0.03) / 1.3)
+    assert found.bootstrap is not None
+    # Of 27 equally likely resamples of three, 8 have the mean 1.2 and one has 1.5: both are over 2.5 %.
+    assert (found.bootstrap.low, found.bootstrap.high) == pytest.approx((1.2, 1.5))
+
+
+def test_one_session_has_no_interval() -> None:
+    found = stats.compare([12.0], [10.0], seed=0)
+    assert (found.mean, found.student, found.bootstrap, found.cv) == (1.2, None, None, None)
+
+
+def test_sessions_that_are_equal_have_an_interval_of_no_width() -> None:
+    found = stats.compare([12.0] * 3, [10.0] * 3, seed=0)
+    assert found.student == found.bootstrap == stats.Interval(1.2, 1.2)
+
+
+def test_arms_of_unequal_length_are_no_pairs() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        stats.compare([1.0, 2.0], [1.0], seed=0)
+
+
+def test_spread_within_and_across_sessions() -> None:
+    found = stats.spread([[9.0, 10.0, 11.0], [19.0, 20.0, 21.0]])
+    assert found.within == pytest.approx(math.sqrt((0.1**2 + 0.05**2) / 2))
+    assert found.across == pytest.approx(math.sqrt(50) / 15)
+    assert stats.spread([[9.0, 10.0, 11.0]]).across is None
+
+
+N10 = 10
+TRIALS = 2000
+
+
+def covered(seed: int) -> dict[str, float]:
+    """How often each 95 % interval of ten normal values holds their true mean."""
+    numbers = np.random.default_rng(seed).normal(1.25, 0.012, (TRIALS, N10))
+    held = {"student": 0, "bootstrap": 0}
+    resamples = np.random.default_rng(seed + 1).integers(0, N10, (1000, N10))
+    for values in numbers:
+        interval = stats.student(values)
+        assert interval is not None
+        held["student"] += interval.low <= 1.25 <= interval.high
+        # The same interval as stats.percentile_bootstrap gives, by fewer resamples: 2000 times 10 000 take minutes.
+        low, high = np.percentile(values[resamples].mean(axis=1), [2.5, 97.5])
+        held["bootstrap"] += low <= 1.25 <= high
+    return {name: count / TRIALS for name, count in held.items()}
+
+
+def test_coverage_at_ten_sessions() -> None:
+    """Student's interval covers 95 % of normal means; the percentile bootstrap is narrower by sqrt(9/10) and by the
+    normal's 1.96 in place of t's 2.26: it covers what 1.96 sqrt(.9) = 1.859 does under t with 9 degrees, 90.4 %."""
+    found = covered(seed=11)
+    error = 3 * math.sqrt(0.95 * 0.05 / TRIALS)
+    assert found["student"] == pytest.approx(0.95, abs=error)
+    assert found["bootstrap"] == pytest.approx(0.904, abs=0.02)
+
+
+def test_the_bootstrap_is_the_percentile_interval() -> None:
+    values = np.random.default_rng(3).normal(1.25, 0.012, N10)
+    found = stats.percentile_bootstrap(values, seed=0)
+    resamples = np.random.default_rng(4).choice(values, (20_000, N10)).mean(axis=1)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(resamples, [2.5, 97.5])), abs=5e-4)
+    assert found == stats.percentile_bootstrap(values, seed=0)
+
+
+def test_two_equal_arms_seldom_differ() -> None:
+    """A/A: intervals of the ratio of two arms with the same distribution miss 1 in 5 % of all experiments."""
+    numbers = np.random.default_rng(5).normal(14.8, 0.13, (TRIALS, 2, N10))
+    missed = 0
+    for one, other in numbers:
+        interval = stats.student(one / other)
+        assert interval is not None
+        missed += not interval.low <= 1 <= interval.high
+    assert missed / TRIALS == pytest.approx(0.05, abs=3 * math.sqrt(0.95 * 0.05 / TRIALS))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "killed_if", "verdict"),
+    [
+        ([1.25, 1.26, 1.27], "below", "survives"),  # the study's H100 rule
+        ([1.02, 1.03, 1.04], "below", "killed"),
+        ([1.10, 1.15, 1.20], "below", "inconclusive"),
+        ([1.02, 1.03, 1.04], "above", "survives"),  # the study's L4 rule
+        ([1.25, 1.26, 1.27], "above", "killed"),
+        ([1.10, 1.15, 1.20], "above", "inconclusive"),
+        ([1.15, 1.15, 1.15], "below", "inconclusive"),  # a tie
+        ([1.15, 1.15, 1.15], "above", "inconclusive"),
+        ([9.0], "below", "inconclusive"),  # one session decides nothing
+        ([0.1], "below", "inconclusive"),
+    ],
+)
+def test_verdicts(ratios: list[float], killed_if: str, verdict: str) -> None:
+    assert stats.judge(stats.student(ratios), killed_if, 1.15) == verdict

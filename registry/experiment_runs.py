@@ -1,0 +1,79 @@
+"""An experiment's own run: opened with what was registered, closed with its report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from registry import registration as registrations
+from registry.report.build import build, write
+from registry.report.observation import Observation
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from registry.call import Call
+    from registry.record import Record
+    from registry.registration import Registration
+    from registry.report.document import Report
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An experiment whose cells are about to run.
+
+    Attributes:
+        registration: What was fixed beforehand.
+        file: Where it lies.
+        run_id: Its run in MLflow; `None` where MLflow did not take it.
+    """
+
+    registration: Registration
+    file: Path
+    run_id: str | None
+
+
+def open_runs(found: Sequence[Registration], folder: Path, call: Call) -> list[Opened]:
+    """Write every registration to disk, then to MLflow, before anything is measured.
+
+    Args:
+        found: One for each experiment of a call.
+        folder: Of the records.
+        call: MLflow, while it answers.
+    """
+    return [_open(registration, folder, call) for registration in found]
+
+
+def _open(registration: Registration, folder: Path, call: Call) -> Opened:
+    file = registrations.write(registration, folder)
+    return Opened(registration, file, call.tracked(lambda mlflow: mlflow.open_experiment(registration, file)))
+
+
+def close_runs(opened: Sequence[Opened], records: Sequence[Record], call: Call) -> list[tuple[Report, list[Path]]]:
+    """Report on every experiment of a call, and log that to its run.
+
+    Args:
+        opened: As `open_runs` gave them.
+        records: Of the call.
+        call: MLflow, while it answers.
+
+    Returns:
+        Each report with its files, which lie beside the registration.
+    """
+    known = (call.tracked(lambda mlflow: mlflow.known()) or {}) if opened else {}
+    run_ids = {record_id: run_id for record_id, (run_id, _) in known.items()}
+    return [_close(one, records, run_ids, call) for one in opened]
+
+
+def _close(
+    one: Opened, records: Sequence[Record], run_ids: Mapping[str, str], call: Call
+) -> tuple[Report, list[Path]]:
+    own = [record for record in records if record.experiment == one.registration.experiment.name]
+    observations = [Observation(record, run_ids.get(record.record_id, "")) for record in own]
+    report = build(one.registration.experiment, observations, [one.registration])
+    files = write(report, one.file.with_suffix(""))
+    run_id = one.run_id
+    if run_id:
+        call.tracked(lambda mlflow: mlflow.close_experiment(run_id, report.verdicts, files))
+    return report, files

@@ -1,0 +1,142 @@
+"""What was fixed before an experiment's first cell ran: a file beside the records, and a run of its own in MLflow.
+
+It holds the question, the thresholds, the cells and their order, with a time and a hash. The verdict follows from it
+and from the records alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from registry.experiments import applies
+from registry.record import BadRecord, write_json
+from registry.schema import ExperimentConfig, from_plain
+from registry.stats import CONFIDENCE, RESAMPLES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from registry.plan import Cell
+
+KIND = "experiment"
+SCHEMA_VERSION = 1
+FOLDER = "experiments"
+INTERVAL = f"Student's t, {CONFIDENCE:.0%}, of the mean over sessions of baseline / candidate median step time"
+
+
+@dataclass
+class Registration:
+    """What was fixed beforehand.
+
+    Attributes:
+        record_id: Unique; what an import recognises it by.
+        sweep_id: The call that the experiment's cells belong to.
+        experiment: Its configuration: question, arms, thresholds, the study's figures.
+        gpus: Spec bandwidth of each GPU profile among the cells, GB/s; `None` without a spec sheet.
+        sessions: How often each cell is measured.
+        seed: Of the cells' order and of the resampling.
+        cells: Session, identity and label of each cell, in the order in which they are to run.
+        registered_at: UTC, ISO 8601.
+        interval: What the verdict rests on.
+        resamples: Of the bootstrap interval that is told beside it.
+        sha256: Of all of the above, as canonical JSON.
+    """
+
+    record_id: str
+    sweep_id: str
+    experiment: ExperimentConfig
+    gpus: dict[str, float | None]
+    sessions: int
+    seed: int
+    cells: list[dict[str, Any]]
+    registered_at: str
+    interval: str = INTERVAL
+    resamples: int = RESAMPLES
+    sha256: str = ""
+
+    def digest(self) -> str:
+        """The hash of everything but the hash."""
+        content = dataclasses.asdict(self)
+        del content["sha256"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def plain(self) -> dict[str, Any]:
+        """The registration as its file holds it."""
+        return {"schema_version": SCHEMA_VERSION, "kind": KIND, **dataclasses.asdict(self)}
+
+    def tags(self) -> dict[str, str]:
+        """What its run in MLflow says beside the file itself."""
+        claims = [
+            claim.claim for claim in self.experiment.claims if any(applies(claim, gbs) for gbs in self.gpus.values())
+        ]
+        return {
+            "kind": KIND,
+            "experiment": self.experiment.name,
+            "sweep_id": self.sweep_id,
+            "gpu_name": ", ".join(self.gpus),
+            "registration.sha256": self.sha256,
+            "registration.time": self.registered_at,
+            "registration.claims": "; ".join(claims) or "none for this GPU",
+            "mlflow.note.content": self.experiment.question,
+        }
+
+
+def register(sweep_id: str, ordered: Sequence[tuple[int, Cell]]) -> list[Registration]:
+    """One registration for each experiment among a call's cells.
+
+    Args:
+        sweep_id: Of the call.
+        ordered: Session and cell, in the order in which they are to run.
+    """
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    names = dict.fromkeys(cell.config.experiment.name for _, cell in ordered if cell.config.experiment.cells)
+    found = []
+    for name in names:
+        own = [(session, cell) for session, cell in ordered if cell.config.experiment.name == name]
+        config = own[0][1].config
+        registration = Registration(
+            record_id=f"{sweep_id}-{name}",
+            sweep_id=sweep_id,
+            experiment=config.experiment,
+            gpus={cell.config.gpu.name: cell.config.gpu.peak_bandwidth_gbs for _, cell in own},
+            sessions=config.protocol.sessions,
+            seed=config.protocol.seed,
+            cells=[{"session": session, "cell_id": cell.cell_id, "label": cell.label} for session, cell in own],
+            registered_at=now,
+        )
+        registration.sha256 = registration.digest()
+        found.append(registration)
+    return found
+
+
+def write(registration: Registration, folder: Path) -> Path:
+    """Write a registration under the folder of records and return its file."""
+    file = folder / FOLDER / f"{registration.record_id}.json"
+    write_json(file, registration.plain())
+    return file
+
+
+def from_json(content: dict[str, Any]) -> Registration:
+    """A registration out of its file's content.
+
+    Raises:
+        BadRecord: It is of another schema, lacks something, or is not what was hashed.
+    """
+    plain = dict(content)
+    if (version := plain.pop("schema_version", None)) != SCHEMA_VERSION:
+        raise BadRecord(f"schema version {version!r} of a registration, this rfloor reads {SCHEMA_VERSION}")
+    plain.pop("kind", None)
+    try:
+        found = from_plain(Registration, plain)
+        digest = found.digest()
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BadRecord(f"no registration: {error}") from error
+    if digest != found.sha256:
+        raise BadRecord("a registration whose hash is not that of its content: it was changed after it was made")
+    return found

@@ -1,0 +1,1 @@
+"""What recorded runs say of an experiment: tables, pictures and verdicts."""

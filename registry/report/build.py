@@ -1,0 +1,80 @@
+"""From an experiment, what was registered of it and its runs to a report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from registry.report.batches import batches
+from registry.report.document import Report, markdown
+from registry.report.matrix import matrix
+from registry.report.observation import pairs
+from registry.report.page import html
+from registry.report.paired import judged, paired
+from registry.report.steps import steps
+from registry.report.study import study
+from registry.report.variants import variants
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from registry.registration import Registration
+    from registry.report.document import Section
+    from registry.report.observation import Observation, Pair
+    from registry.schema import ExperimentConfig
+
+    Maker = Callable[[Sequence[Observation], Sequence[Pair], ExperimentConfig], list[Section]]
+
+SECTIONS: dict[str, Maker] = {
+    "batches": lambda runs, _, __: batches(runs),
+    "matrix": lambda runs, _, __: matrix(runs),
+    "pairs": lambda _, found, experiment: paired(found, experiment),
+    "variants": lambda runs, _, __: variants(runs),
+    "study": study,
+    "steps": lambda runs, _, __: steps(runs),
+}
+"""What an experiment's `report` may name."""
+NAMES = ("report.html", "report.md")
+
+
+def build(
+    experiment: ExperimentConfig, observations: Sequence[Observation], registrations: Sequence[Registration] = ()
+) -> Report:
+    """Tell of an experiment.
+
+    Args:
+        experiment: Names the sections.
+        observations: Its runs.
+        registrations: Of the sweeps that these belong to; their thresholds decide, not those that the configuration
+            has now.
+    """
+    found = pairs(observations, experiment)
+    report = Report(experiment.name, experiment.question)
+    for name in experiment.report:
+        report.sections += SECTIONS[name](observations, found, experiment)
+    if experiment.claims:
+        report.verdicts = _verdicts(experiment, found, registrations)
+    return report
+
+
+def _verdicts(
+    experiment: ExperimentConfig, found: Sequence[Pair], registrations: Sequence[Registration]
+) -> list[str]:
+    first = min(registrations, key=lambda one: one.registered_at, default=None)
+    if first is None:
+        return ["no verdict: no registration of thresholds from before these runs was found"]
+    told = [str(one) for one in judged(found, first.experiment)]
+    if any(one.experiment.claims != first.experiment.claims for one in registrations):
+        told.append("the sweeps were registered with different thresholds; the first one's stand here")
+    if not told:
+        return ["no verdict: no threshold was registered for this GPU and these cells"]
+    return [*told, f"registered {first.registered_at}, sha256 {first.sha256[:16]}, sweep {first.sweep_id}"]
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Write the page and the Markdown and return both files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / name for name in NAMES]
+    for file, text in zip(files, (html(report), markdown(report)), strict=True):
+        file.write_text(text, encoding="utf-8")
+    return files

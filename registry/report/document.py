@@ -1,0 +1,121 @@
+"""A report's parts, and the report as Markdown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from registry.report.observation import Observation
+
+RUNS = "runs"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        cells: Ready to be read.
+        runs: Where its figures come from.
+    """
+
+    cells: Sequence[str]
+    runs: Sequence[Observation] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings.
+
+    Attributes:
+        headings: One a column.
+        rows: As many cells each as there are headings.
+        text_columns: How many columns at the left are text; the others are numbers.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Row]
+    text_columns: int = 1
+
+
+@dataclass(frozen=True)
+class Section:
+    """One thing that a report tells.
+
+    Attributes:
+        title: What it is.
+        text: Paragraphs, plain.
+        tables: Its figures.
+        figures: Makes Plotly figures when a page is drawn.
+    """
+
+    title: str
+    text: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Callable[[], list[Any]] | None = None
+
+
+@dataclass
+class Report:
+    """What recorded runs say of an experiment.
+
+    Attributes:
+        title: The experiment.
+        question: What it asks.
+        sections: What is told, in order.
+        verdicts: One line for each claim that was registered for this GPU.
+    """
+
+    title: str
+    question: str
+    sections: list[Section] = field(default_factory=list)
+    verdicts: list[str] = field(default_factory=list)
+
+    def numbered(self) -> dict[str, tuple[int, Observation]]:
+        """Every run that a figure comes from, numbered in the order in which the tables name them."""
+        found: dict[str, tuple[int, Observation]] = {}
+        for section in self.sections:
+            for table in section.tables:
+                for row in table.rows:
+                    for one in row.runs:
+                        found.setdefault(one.trace, (len(found) + 1, one))
+        return found
+
+
+def references(row: Row, numbered: dict[str, tuple[int, Observation]]) -> str:
+    """The numbers of a row's runs."""
+    return ", ".join(str(numbered[one.trace][0]) for one in row.runs)
+
+
+def markdown(report: Report) -> str:
+    """The report's words and tables as GitHub's Markdown."""
+    numbered = report.numbered()
+    lines = [f"# {report.title}", "", report.question, ""]
+    for verdict in report.verdicts:
+        lines += [f"**{verdict}**", ""]
+    for section in report.sections:
+        lines += [f"## {section.title}", ""]
+        for paragraph in section.text:
+            lines += [paragraph, ""]
+        for table in section.tables:
+            lines += [*_table(table, numbered), ""]
+    lines += ["## Runs", "", "| # | run | record | outcome | cell |", "|---:|---|---|---|---|"]
+    for number, one in numbered.values():
+        r = one.record
+        lines.append(_line([str(number), one.run_id or "-", r.record_id, r.outcome.value, r.label]))
+    return "\n".join(lines) + "\n"
+
+
+def _table(table: Table, numbered: dict[str, tuple[int, Observation]]) -> list[str]:
+    sides = ["---"] * table.text_columns + ["---:"] * (len(table.headings) - table.text_columns)
+    traced = any(row.runs for row in table.rows)
+    headings = [*table.headings, *([RUNS] if traced else [])]
+    lines = [_line(headings), "|" + "|".join([*sides, *(["---"] if traced else [])]) + "|"]
+    return lines + [_line([*row.cells, *([references(row, numbered)] if traced else [])]) for row in table.rows]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

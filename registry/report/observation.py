@@ -1,0 +1,165 @@
+"""Runs as a report sees them: cells over their sessions, and the pairs that an experiment compares."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from registry import stats
+from registry.outcome import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from registry.record import Record
+    from registry.schema import ExperimentConfig
+
+TPOT = "median_tpot_ms"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One run.
+
+    Attributes:
+        record: What it measured.
+        run_id: MLflow's; empty where MLflow did not take it.
+    """
+
+    record: Record
+    run_id: str = ""
+
+    @property
+    def trace(self) -> str:
+        """What a figure is traced by: the run, else the record."""
+        return self.run_id or self.record.record_id
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell on one device, over its sessions.
+
+    Attributes:
+        observations: Its runs, in the order in which they began.
+    """
+
+    observations: tuple[Observation, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration, equal in every session."""
+        return self.observations[0].record.config
+
+    @property
+    def device(self) -> str:
+        """The device's own name."""
+        return str(self.observations[0].record.environment.get("device", {}).get("name", ""))
+
+    @cached_property
+    def ok(self) -> tuple[Observation, ...]:
+        """The runs that have figures."""
+        return tuple(o for o in self.observations if o.record.outcome is Outcome.OK)
+
+    @property
+    def outcome(self) -> str:
+        """How the cell ended: one word where its sessions agree, else each with its number."""
+        counts = Counter(o.record.outcome.value for o in self.observations)
+        return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{word} x{n}" for word, n in counts.items())
+
+    @property
+    def reason(self) -> str:
+        """Why sessions have no figures; empty where all have."""
+        return "; ".join(dict.fromkeys(o.record.reason for o in self.observations if o.record.reason))
+
+    def values(self, metric: str) -> list[float]:
+        """A metric in each session that has it."""
+        return [o.record.metrics[metric] for o in self.ok if metric in o.record.metrics]
+
+    def median(self, metric: str) -> float | None:
+        """Median over the sessions; `None` where none has it."""
+        found = self.values(metric)
+        return float(np.median(found)) if found else None
+
+    @property
+    def spread(self) -> stats.Spread:
+        """Of the step times, within and across the sessions that have some."""
+        return stats.spread([o.record.step_times_ms for o in self.ok])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two arms of one block over the sessions in which both have figures.
+
+    Attributes:
+        baseline: The one arm's runs, session by session.
+        candidate: The other arm's, of the same sessions.
+        comparison: What they say.
+    """
+
+    baseline: Measured
+    candidate: Measured
+    comparison: stats.Comparison
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The baseline's configuration; all but the arms' group holds for both."""
+        return self.baseline.config
+
+    @property
+    def difference_ms(self) -> float:
+        """Mean over the sessions of the baseline's median step time minus the candidate's."""
+        one, other = self.baseline.values(TPOT), self.candidate.values(TPOT)
+        return float(np.mean(one) - np.mean(other))
+
+
+def cells(observations: Sequence[Observation]) -> list[Measured]:
+    """The runs of each cell together, in the order of the first one's place in its sweep."""
+    groups: dict[str, list[Observation]] = {}
+    for one in sorted(observations, key=lambda o: o.record.started_at):
+        device = one.record.environment.get("device", {}).get("name", "")
+        groups.setdefault(json.dumps([one.record.config, device], sort_keys=True), []).append(one)
+    return [Measured(tuple(group)) for group in groups.values()]
+
+
+def pairs(observations: Sequence[Observation], experiment: ExperimentConfig, seed: int = 0) -> list[Pair]:
+    """The blocks that an experiment compares, each over the sessions in which both arms have figures.
+
+    Args:
+        observations: Runs of the experiment; of other sweeps too, whose sessions are sessions of their own.
+        experiment: Names the arms.
+        seed: Of the resampling.
+    """
+    group = experiment.arms
+    if group is None:
+        return []
+    blocks: dict[str, dict[tuple[str, int], dict[str, Observation]]] = {}
+    for one in observations:
+        if one.record.outcome is not Outcome.OK:
+            continue
+        config = dict(one.record.config)
+        arm = config.pop(group)["name"]
+        device = one.record.environment.get("device", {}).get("name", "")
+        block = blocks.setdefault(json.dumps([config, device], sort_keys=True), {})
+        block.setdefault((one.record.sweep_id, one.record.session), {})[arm] = one
+    found = []
+    for sessions in blocks.values():
+        both = [
+            (arms[experiment.baseline], arms[experiment.candidate])
+            for _, arms in sorted(sessions.items())
+            if experiment.baseline in arms and experiment.candidate in arms
+        ]
+        if both:
+            baseline, candidate = (Measured(tuple(arm)) for arm in zip(*both, strict=True))
+            ratio = stats.compare(baseline.values(TPOT), candidate.values(TPOT), seed)
+            found.append(Pair(baseline, candidate, ratio))
+    return sorted(found, key=lambda pair: _place(pair.config))
+
+
+def _place(config: dict[str, Any]) -> tuple[Any, ...]:
+    protocol = config["protocol"]
+    return config["model"]["name"], protocol["batch_size"], protocol["context"]

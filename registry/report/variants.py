@@ -1,0 +1,125 @@
+"""Runtimes, kernels or launches beside each other on one model and context: the study's sections 6 and 7."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from registry.kernels import short
+from registry.report.document import Row, Section, Table
+from registry.report.labels import label, number, percent, varying
+from registry.report.observation import TPOT, cells
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from registry.report.observation import Measured, Observation
+
+AGAIN = "revisit_median_tpot_ms"
+FIGURES = (
+    ("r_floor", "r_floor", 3),
+    ("mbu", "mbu", 3),
+    ("decode peak GB", "decode_peak_memory_gb", 2),
+    ("peak GB", "peak_memory_gb", 2),
+    ("$/Mtok", "usd_per_mtok", 2),
+)
+PLAIN = {"quant": "none", "execution": "eager", "attention": "sdpa", "backend": "hf"}
+"""The choice on each axis against which a speedup is told."""
+TOLD = 4
+"""Kernels that a row names: the most frequent ones."""
+
+
+def variants(observations: Sequence[Observation]) -> list[Section]:
+    """One row a cell with its speedup over the plain one, and bars of step times."""
+    found = cells(observations)
+    axes = [axis for axis in varying([one.config for one in found]) if axis != "cache"]
+    headings = [*axes, "outcome", "n", "TPOT ms", "range", "within", "across", "speedup", "again ms", "speedup again"]
+    headings += [*(heading for heading, *_ in FIGURES)]
+    rows = [_row(one, axes, found) for one in found]
+    kernels = Table(
+        [*axes, "kernels of a step"],
+        [Row([*label(one.config, axes), _kernels(one)], one.ok[-1:]) for one in found if one.ok],
+        text_columns=len(axes) + 1,
+    )
+    refused = Table(
+        [*axes, "outcome", "why"],
+        [Row([*label(one.config, axes), one.outcome, one.reason], one.observations) for one in found if one.reason],
+        text_columns=len(axes) + 2,
+    )
+    text = (
+        "TPOT is the median over the sessions of each one's median step time, range their least and greatest; the "
+        "speedup is that of the median over the plain cell of the same model, context, batch and execution "
+        f"({', '.join(f'{axis}={name}' for axis, name in PLAIN.items() if axis != 'execution')}). again walks the "
+        "same positions a second time: what it is faster by was paid once a cache length.",
+    )
+    sections = [Section("Step times", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(found, axes))]
+    if refused.rows:
+        sections.append(Section("Not measured", (), [refused]))
+    return [
+        *sections,
+        Section("Kernels", ("Seen by torch.profiler in a step of its own after the timing.",), [kernels]),
+    ]
+
+
+def _row(one: Measured, axes: Sequence[str], found: Sequence[Measured]) -> Row:
+    runs = f"{len(one.ok)}/{len(one.observations)}"
+    times = one.values(TPOT)
+    if not times:
+        return Row([*label(one.config, axes), one.outcome, runs, *[""] * (7 + len(FIGURES))], one.observations)
+    plain = next((other for other in found if _is_plain(other, one)), None)
+    cells = [number(one.median(TPOT), 2), f"{min(times):.2f}-{max(times):.2f}"]
+    cells += [percent(one.spread.within), percent(one.spread.across), _speedup(plain, one, TPOT)]
+    cells += [number(one.median(AGAIN), 2), _speedup(plain, one, AGAIN)]
+    cells += [number(one.median(metric), digits) for _, metric, digits in FIGURES]
+    return Row([*label(one.config, axes), one.outcome, runs, *cells], one.observations)
+
+
+def _is_plain(other: Measured, one: Measured) -> bool:
+    mine, theirs = one.config, other.config
+    if (other.device, theirs["model"], theirs["protocol"]) != (one.device, mine["model"], mine["protocol"]):
+        return False
+    same = theirs["execution"]["name"] == mine["execution"]["name"]
+    return same and all(theirs[axis]["name"] == name for axis, name in PLAIN.items() if axis != "execution")
+
+
+def _speedup(plain: Measured | None, one: Measured, metric: str) -> str:
+    base, mine = plain.median(metric) if plain else None, one.median(metric)
+    return number(base / mine, 2) if base and mine else ""
+
+
+def _kernels(one: Measured) -> str:
+    seen = short(one.ok[-1].record.measured.get("kernels", {}))
+    rest = sum(seen.values()) - sum([*seen.values()][:TOLD])
+    told = ", ".join(f"{name} x{count}" for name, count in [*seen.items()][:TOLD])
+    return f"{told}, {rest} others" if rest else told
+
+
+def _bars(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
+    from plotly import graph_objects as go
+
+    measured = [one for one in found if one.ok]
+    names = [" ".join(label(one.config, axes)) for one in measured]
+    figure = go.Figure()
+    for name, metric, color in (("first visit", TPOT, "#3465a4"), ("again", AGAIN, "#a8c0e0")):
+        middle = [one.median(metric) or 0.0 for one in measured]
+        over = [max(one.values(metric)) - value for one, value in zip(measured, middle, strict=True)]
+        under = [value - min(one.values(metric)) for one, value in zip(measured, middle, strict=True)]
+        bars = {"type": "data", "symmetric": False, "array": over, "arrayminus": under}
+        figure.add_trace(go.Bar(y=names, x=middle, name=name, orientation="h", error_x=bars, marker={"color": color}))
+    floors = [one.median("floor_ms") for one in measured]
+    figure.add_trace(
+        go.Scatter(
+            y=names,
+            x=floors,
+            name="floor",
+            mode="markers",
+            marker={"symbol": "line-ns-open", "color": "#cc0000", "size": 16},
+        )
+    )
+    figure.update_layout(
+        title="median step time, least and greatest session",
+        xaxis_title="ms",
+        barmode="group",
+        height=140 + 44 * len(measured),
+    )
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return [figure]
