@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from registry.report.batches import batches
 from registry.report.document import Report, markdown
+from registry.report.facts import facts
 from registry.report.matrix import matrix
 from registry.report.observation import pairs
 from registry.report.page import html
@@ -49,7 +50,7 @@ def build(
             has now.
     """
     found = pairs(observations, experiment)
-    report = Report(experiment.name, experiment.question)
+    report = Report(experiment.name, experiment.question, facts(observations))
     for name in experiment.report:
         report.sections += SECTIONS[name](observations, found, experiment)
     if experiment.claims:

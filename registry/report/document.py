@@ -65,12 +65,14 @@ class Report:
     Attributes:
         title: The experiment.
         question: What it asks.
+        facts: On what it was measured.
         sections: What is told, in order.
         verdicts: One line for each claim that was registered for this GPU.
     """
 
     title: str
     question: str
+    facts: list[str] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
     verdicts: list[str] = field(default_factory=list)
 
@@ -94,6 +96,7 @@ def markdown(report: Report) -> str:
     """The report's words and tables as GitHub's Markdown."""
     numbered = report.numbered()
     lines = [f"# {report.title}", "", report.question, ""]
+    lines += [*(f"- {fact}" for fact in report.facts), ""]
     for verdict in report.verdicts:
         lines += [f"**{verdict}**", ""]
     for section in report.sections:

@@ -101,7 +101,7 @@ def _heat(found: Sequence[Measured]) -> list[Any]:
                 )
             )
             figure.update_layout(
-                title=f"r_floor on {gpu}", xaxis_title="context, tokens", height=120 + 70 * len(models)
+                title=f"r_floor on {gpu}", xaxis_title="context, tokens", height=190 + 60 * len(models)
             )
             figures.append(figure)
     return figures

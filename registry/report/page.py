@@ -27,12 +27,13 @@ def html(report: Report) -> str:
     """The whole page, Plotly's script in it."""
     numbered = report.numbered()
     body = [f"<h1>{escape(report.title)}</h1>", f"<p>{escape(report.question)}</p>"]
+    body += ["<ul>", *(f"<li>{escape(fact)}</li>" for fact in report.facts), "</ul>"]
     body += [f'<p class="verdict">{escape(verdict)}</p>' for verdict in report.verdicts]
     drawn = False
     for section in report.sections:
         body += _section(section, numbered)
         for figure in section.figures() if section.figures else []:
-            body.append(figure.to_html(full_html=False, include_plotlyjs=not drawn, config={"displaylogo": False}))
+            body.append(figure.to_html(full_html=False, include_plotlyjs=not drawn, config={"displayModeBar": False}))
             drawn = True
     body += _runs(numbered)
     return (
