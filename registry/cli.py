@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from registry.synthesis import write_checkpoint
 from registry.tracking import TrackingDown, import_records
 from registry.validate import redact, validate
 from registry.weights import check_weights, open_weights
+
+PRICE = "price."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="out=DIR, sweep=ID,ID, and tracking.KEY=VALUE: where MLflow is",
+        help="out=DIR, sweep=ID,ID, price.GPU=DOLLARS_AN_HOUR, tracking.KEY=VALUE",
     )
     args = parser.parse_args(arguments)
     try:
@@ -96,20 +99,40 @@ def _report(name: str, overrides: list[str]) -> int:
     from registry.report.recorded import report
 
     composer = Composer(Catalog())
-    own = {key: value for key, _, value in (text.partition("=") for text in overrides) if key in ("out", "sweep")}
+    given = {key: value for key, _, value in (text.partition("=") for text in overrides)}
+    own = {key for key in given if key in ("out", "sweep") or key.startswith(PRICE)}
     known = [option for option in composer.options("experiment") if option != NO_EXPERIMENT]
     if name not in known:
         raise BadInput(f"no experiment is called {name!r}: {nearest(name, known)}")
     (job,) = composer.jobs([text for text in overrides if text.partition("=")[0] not in own], multirun=False)
     config = composer.cell([*job, f"experiment={name}"])
     validate(config)
-    sweeps = [sweep for sweep in own.get("sweep", "").split(",") if sweep]
-    folder = Path(own.get("out") or f"reports/{name}")
+    sweeps = [sweep for sweep in given.get("sweep", "").split(",") if sweep]
+    folder = Path(given.get("out") or f"reports/{name}")
+    prices = {key.removeprefix(PRICE): _price(key, given[key], composer) for key in own if key.startswith(PRICE)}
     try:
-        tell_report(*report(config, sweeps, folder))
+        tell_report(*report(config, sweeps, folder, prices))
     except OSError as error:
         raise BadInput(f"out={folder} cannot be written: {error}") from error
     return 0
+
+
+def _price(key: str, value: str, composer: Composer) -> float:
+    """Dollars an hour.
+
+    Raises:
+        BadInput: No such GPU profile, or no price.
+    """
+    gpus = [option for option in composer.options("gpu") if option != "auto"]
+    if key.removeprefix(PRICE) not in gpus:
+        raise BadInput(f"{key}: no GPU profile is called that: {nearest(key.removeprefix(PRICE), gpus)}")
+    try:
+        price = float(value)
+    except ValueError:
+        price = 0.0
+    if not 0 < price < math.inf:
+        raise BadInput(f"{key}={value}: dollars an hour, more than 0")
+    return price
 
 
 def _import(folder: Path, overrides: list[str]) -> int:

@@ -38,6 +38,13 @@ FIGURES = (
     ("peak GB", "peak_memory_gb", "{:.2f}", NARROW),
 )
 """Heading, metric, format, and the least width of window that has room for it."""
+KERNEL_FIGURES = (
+    ("us/call", "median_call_us", "{:.2f}", 0),
+    ("event us/call", "event_median_call_us", "{:.2f}", NARROW),
+    ("all layers ms", "layers_total_ms", "{:.2f}", 0),
+    ("GB/s", "call_gbs", "{:.0f}", 0),
+)
+"""The same of an attention kernel alone."""
 SPREADS = (("within",), ("across",))
 """Headings of the spreads of a cell that was measured in several sessions."""
 
@@ -100,7 +107,12 @@ class Reporter:
     def done(self, record: Record) -> None:
         """A cell ended."""
         figures = record.metrics
-        told = f"{figures['median_tpot_ms']:.2f} ms  r_floor {figures['r_floor']:.3f}" if figures else record.reason
+        if record.outcome is not Outcome.OK:
+            told = record.reason
+        elif record.kind == "step":
+            told = f"{figures['median_tpot_ms']:.2f} ms  r_floor {figures['r_floor']:.3f}"
+        else:
+            told = f"{figures['median_call_us']:.2f} us a call"
         style = STYLES.get(record.outcome, "red")
         line = f"[{style}]{record.outcome.value}[/] {escape(f'{record.label}  {told}')}"
         self.console.print(line, highlight=False)
@@ -117,7 +129,8 @@ def results(records: Sequence[Record], width: int) -> Table:
     cells = _by_cell(records)
     told = [axes_of(one[0].config) for one in cells]
     table, axes = _table(told)
-    figures = [figure for figure in FIGURES if width >= figure[3]]
+    known = {metric for record in records for metric in record.metrics} or {metric for _, metric, *_ in FIGURES}
+    figures = [figure for figure in (*FIGURES, *KERNEL_FIGURES) if width >= figure[3] and figure[1] in known]
     table.add_column("outcome", no_wrap=True)
     repeated = len(cells) < len(records)
     for heading, *_ in [*figures, *(SPREADS if repeated else ())]:
@@ -155,7 +168,7 @@ def _median(sessions: Sequence[Record], metric: str, form: str) -> str:
 
 
 def _spreads(sessions: Sequence[Record]) -> list[str]:
-    times = [record.step_times_ms for record in sessions if record.step_times_ms]
+    times = [record.step_times_ms or record.call_times_us for record in sessions if record.outcome is Outcome.OK]
     if not times:
         return ["", ""]
     found = stats.spread(times)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from registry.api import Backend
-    from registry.execution import Execution
     from registry.schema import ProtocolConfig
 
 PROBE_BYTES = {"cuda": 4 << 30, "cpu": 1 << 30}
@@ -77,13 +76,13 @@ def measure(
     stage("measure")
     before = snapshot() if device == "cuda" else {}
     with quiet():
-        step_times = _wall_pass(execution, protocol, device)
+        step_times = wall_pass(execution.step, protocol, device)
         last = execution.token.clone()
         execution.rewind()
-        revisit_times = _wall_pass(execution, protocol, device)
+        revisit_times = wall_pass(execution.step, protocol, device)
         agree = bool((last == execution.token).all())
         execution.rewind()
-        event_times = _event_pass(execution, protocol) if device == "cuda" else None
+        event_times = event_pass(execution.step, protocol) if device == "cuda" else None
     after = snapshot() if device == "cuda" else {}
     bytes_per_step = backend.bytes_per_step(mean_context)
     position, evidence, peaks = backend.position(), execution.evidence(), memory.peaks()
@@ -107,33 +106,33 @@ def measure(
     }
 
 
-def _wall_pass(execution: Execution, protocol: ProtocolConfig, device: str) -> list[float]:
+def wall_pass(step: Callable[[], Any], protocol: ProtocolConfig, device: str) -> list[float]:
     """Milliseconds of each measured step, the host waiting for the device around each."""
     for _ in range(protocol.warmup_steps):
-        execution.step()
+        step()
     times = []
     for _ in range(protocol.measured_steps):
         synchronise(device)
         start = time.perf_counter_ns()
-        execution.step()
+        step()
         synchronise(device)
         times.append(time.perf_counter_ns() - start)
     return [t / 1e6 for t in times]
 
 
-def _event_pass(execution: Execution, protocol: ProtocolConfig) -> list[float]:
+def event_pass(step: Callable[[], Any], protocol: ProtocolConfig) -> list[float]:
     """Milliseconds between the device events after consecutive steps, the host never waiting."""
     import torch
 
     for _ in range(protocol.warmup_steps):
-        execution.step()
+        step()
     events = [
         torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         for _ in range(protocol.measured_steps + 1)
     ]
     events[0].record()
     for event in events[1:]:
-        execution.step()
+        step()
         event.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in pairwise(events)]

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 SOURCE = "rfloor"
 ONCE_A_LENGTH = 1.15
 """A run whose fastest first visit takes this much longer than a second one paid for lengths, not for steps."""
+ROTATED_L2 = 2
+"""L2 caches that rotated caches have to fill before a call finds nothing of the last round in one."""
 CLOCK_SLACK = 0.02
 """A cap that leaves the clocks within this fraction of their maximum slowed nothing that could be seen."""
 
@@ -58,6 +60,40 @@ def metrics(cell: Cell, measured: Mapping[str, Any]) -> dict[str, float]:
     if gpu.price_usd_per_hour:
         figures["usd_per_mtok"] = floor.usd_per_mtok(step_ms, gpu.price_usd_per_hour, batch)
     return figures
+
+
+def kernel_metrics(cell: Cell, measured: Mapping[str, Any]) -> dict[str, float]:
+    """Every figure of an attention kernel alone.
+
+    Returns:
+        Microseconds a call, milliseconds over the model's layers, bytes, GB/s (decimal), ratios.
+    """
+    times, events = measured["call_times_us"], measured["event_call_times_us"]
+    call_us = stats.summary(times)["median_tpot_ms"]
+    figures = {
+        "median_call_us": call_us,
+        "p90_call_us": stats.summary(times)["p90_tpot_ms"],
+        "std_call_us": stats.summary(times)["std_tpot_ms"],
+        "layers_total_ms": call_us * cell.architecture.layers / 1e3,
+        "call_bytes": float(measured["call_bytes"]),
+        "call_gbs": measured["call_bytes"] / call_us / 1e3,
+        "read_bandwidth_gbs": measured["read_bandwidth_gbs"],
+        **measured["fidelity"],
+    }
+    if events:
+        figures["event_median_call_us"] = stats.summary(events)["median_tpot_ms"]
+    return figures
+
+
+def kernel_warnings(measured: Mapping[str, Any], l2_bytes: int | None) -> list[str]:
+    """What a reader has to know before believing a kernel's figures."""
+    found = stats.unsteady(measured["call_times_us"])
+    if l2_bytes and measured["rotated_bytes"] < ROTATED_L2 * l2_bytes:
+        found.append(
+            f"the caches that the calls rotate over have {measured['rotated_bytes'] / 1e6:.0f} MB, the L2 cache has "
+            f"{l2_bytes / 1e6:.0f}: part of them comes from there"
+        )
+    return found
 
 
 def study_keys(cell: Cell, peak_gbs: float, step_ms: float) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from registry.architecture import Architecture
 from registry.environments import interpreter, version
 from registry.hardware import Device, collect_versions, cpu_device
 from registry.identity import cell_id
+from registry.kernel_cell import CACHES
 from registry.outcome import BadInput, Outcome, Refusal, Refused, nearest, unsupported
 from registry.plugins import KINDS
 from registry.validate import validate, validate_profile
@@ -68,10 +69,15 @@ class Cell:
         return Architecture.of(self.config.model)
 
     @property
+    def kernel_alone(self) -> bool:
+        """Whether an attention kernel is timed and not a step."""
+        return self.config.protocol.measures == "attention"
+
+    @property
     def capacity(self) -> int:
         """Tokens that the cache has to hold."""
         p = self.config.protocol
-        return p.context + p.warmup_steps + p.measured_steps
+        return p.context + (1 if self.kernel_alone else p.warmup_steps + p.measured_steps)
 
     @property
     def mean_context(self) -> float:
@@ -89,15 +95,19 @@ class Cell:
     def memory_need(self) -> float:
         """Bytes of stored weights and the full cache: the least that the device must hold."""
         c = self.config
-        return floor.stored_weight_bytes(self.architecture, c.quant.weight_bits) + floor.kv_bytes(
-            self.architecture, self.capacity, c.protocol.batch_size
-        )
+        cache = floor.kv_bytes(self.architecture, self.capacity, c.protocol.batch_size)
+        if self.kernel_alone:
+            return cache / self.architecture.layers * CACHES
+        return floor.stored_weight_bytes(self.architecture, c.quant.weight_bits) + cache
 
     @property
     def label(self) -> str:
         """The cell in one line, for messages."""
         c = self.config
         # What a sweep compares comes first: MLflow's tables cut a name after some twenty characters.
+        if self.kernel_alone:
+            shape = f"{c.attention.name} {c.execution.name} {c.model.name} {c.gpu.name}"
+            return f"{shape} attention alone ctx={c.protocol.context}"
         names = (c.quant, c.execution, c.attention, c.backend, c.model, c.gpu)
         return " ".join([*(part.name for part in names), f"ctx={c.protocol.context}"])
 
@@ -138,7 +148,7 @@ class Planner:
             self._resolve_gpu(cell)
             for refusal in refusals:
                 raise refusal
-            _check_plugins(cell, chosen)
+            (_check_kernel if cell.kernel_alone else _check_plugins)(cell, chosen)
             _check_memory(cell)
         except Refused as refused:
             cell.refusal = refused.refusal
@@ -238,6 +248,30 @@ def _check_plugins(cell: Cell, chosen: Mapping[str, tuple[type[Plugin], Any]]) -
         _check_requirements(plugin, cell.environment)
 
 
+def _check_kernel(cell: Cell, chosen: Mapping[str, tuple[type[Plugin], Any]]) -> None:
+    """What stands against an attention kernel alone: no body and no format has a say.
+
+    A call at one length can be captured whether or not the kernel reads the length from the device, so its declared
+    executions are those of a step and do not count here.
+    """
+    kernel, execution = chosen["attention"][0], cell.config.execution.name
+    request = dataclasses.replace(_request(cell, "attention", chosen), execution="eager")
+    if execution not in ("eager", "cuda_graph"):
+        raise unsupported(
+            f"an attention kernel alone is not launched by execution={execution}", "Use execution=eager"
+        )
+    with _blamed("attention", cell.config.attention.plugin):
+        _check_declared("attention", kernel, request)
+        _check_graph(execution, request.device)
+        kernel.check(request)
+    _check_requirements(kernel, "")
+
+
+def _check_graph(execution: str, device: str) -> None:
+    if execution == "cuda_graph" and device != "cuda":
+        raise unsupported("execution=cuda_graph needs a CUDA device, this one is the CPU", "Use execution=eager")
+
+
 def _hosted(plugin: type[Plugin]) -> bool:
     """Whether a plugin's code is called by the body that hosts it, and by no other."""
     return issubclass(plugin, LinearFormat | AttentionKernel)
@@ -315,8 +349,7 @@ def _check_combination(backend: type[Plugin], quant: type[Plugin], request: Requ
             f"and backend={request.backend} does not read it",
             "Use backend=auto",
         )
-    if request.execution == "cuda_graph" and request.device != "cuda":
-        raise unsupported("execution=cuda_graph needs a CUDA device, this one is the CPU", "Use execution=eager")
+    _check_graph(request.execution, request.device)
     if request.execution == "cuda_graph" and request.cache != "static":
         raise unsupported(
             "a captured step needs a cache that stays where it is, this one is dynamic",

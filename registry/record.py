@@ -47,6 +47,7 @@ class Record:
         cell_id: The identity of what was measured (`registry.identity`).
         sweep_id: The call that it belongs to.
         index: Its place in that sweep, from 0.
+        kind: `step` for a whole decode step, `attention` for a kernel alone: what was timed.
         experiment: Name of the experiment that it was measured for; empty for none.
         session: Of how many times the sweep measured the cell this is which, from 0.
         outcome: How it ended.
@@ -60,6 +61,8 @@ class Record:
         environment: Device, driver, versions, commit.
         step_times_ms: Wall clock of each measured step.
         event_times_ms: Device events of each step of the last pass; `None` on the CPU.
+        call_times_us: Wall clock of each measured call of a kernel alone.
+        event_call_times_us: Device events of the same.
         metrics: Everything derived (`registry.metrics`).
         measured: The rest of the worker's answer: fidelity, execution, clocks before and after.
         study: The study's own keys.
@@ -75,6 +78,7 @@ class Record:
     wall_s: float
     config: dict[str, Any]
     environment: dict[str, Any]
+    kind: str = "step"
     experiment: str = ""
     session: int = 0
     reason: str = ""
@@ -82,6 +86,8 @@ class Record:
     warnings: list[str] = field(default_factory=list)
     step_times_ms: list[float] = field(default_factory=list)
     event_times_ms: list[float] | None = None
+    call_times_us: list[float] = field(default_factory=list)
+    event_call_times_us: list[float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     study: dict[str, Any] = field(default_factory=dict)
@@ -111,8 +117,15 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "metrics": dict,
     "measured": dict,
 }
-LATER: dict[str, type] = {"experiment": str, "session": int}
-"""What records have had since there are experiments; those before are of none, and of one session."""
+LATER: dict[str, type | tuple[type, ...]] = {
+    "kind": str,
+    "experiment": str,
+    "session": int,
+    "call_times_us": list,
+    "event_call_times_us": (list, type(None)),
+}
+"""What records have had since there are experiments; those before are of steps, for none, and of one session."""
+KINDS = ("step", "attention")
 
 
 def read(file: Path) -> Record:
@@ -161,16 +174,19 @@ def from_plain(content: Any) -> Record:
         raise BadRecord(f"an outcome is one of {', '.join(Outcome)}, not {content['outcome']!r}")
     if not _is_time(content["started_at"]):
         raise BadRecord(f"started_at is no ISO 8601 time with a zone: {content['started_at']!r}")
-    steps, events = content["step_times_ms"], content["event_times_ms"] or []
-    if not all(_is_number(v) for v in [content["wall_s"], *steps, *events, *content["metrics"].values()]):
+    if content.get("kind", KINDS[0]) not in KINDS:
+        raise BadRecord(f"a record's kind is one of {', '.join(KINDS)}, not {content['kind']!r}")
+    series = ("step_times_ms", "event_times_ms", "call_times_us", "event_call_times_us")
+    times = [time for name in series for time in content.get(name) or []]
+    if not all(_is_number(v) for v in [content["wall_s"], *times, *content["metrics"].values()]):
         raise BadRecord("a time or a metric is no finite number")
     if not all(isinstance(warning, str) for warning in content["warnings"]):
         raise BadRecord("a warning is no text")
     for name in ("device", "versions", "git"):
         if not isinstance(content["environment"].get(name, {}), dict):
             raise BadRecord(f"environment.{name} is a {type(content['environment'][name]).__name__}")
-    if content["outcome"] == Outcome.OK and not steps:
-        raise BadRecord("the outcome is ok and there are no step times")
+    if content["outcome"] == Outcome.OK and not times:
+        raise BadRecord("the outcome is ok and there are no times")
     known = {f.name for f in fields(Record)} - {"study"}
     values = {name: value for name, value in content.items() if name in known}
     values["outcome"] = Outcome(values["outcome"])

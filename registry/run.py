@@ -70,6 +70,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
             "git": hardware.collect_git(),
             "tags": cell.tags,
         },
+        kind=cell.config.protocol.measures,
         experiment=cell.config.experiment.name if cell.config.experiment.cells else "",
         session=session,
     )
@@ -113,13 +114,20 @@ def _filled(record: Record, cell: Cell, measured: dict[str, Any]) -> Record:
 
 def fill(record: Record, cell: Cell, measured: dict[str, Any]) -> None:
     """Derive everything that a measured cell's record holds."""
+    record.environment["torch"] = measured.pop("torch")
+    if cell.kernel_alone:
+        record.metrics = metrics.kernel_metrics(cell, measured)
+        record.warnings = metrics.kernel_warnings(measured, record.environment["torch"].get("l2_bytes"))
+        record.call_times_us = measured.pop("call_times_us")
+        record.event_call_times_us = measured.pop("event_call_times_us")
+        record.measured = measured
+        return
     record.metrics = metrics.metrics(cell, measured)
     peak = cell.config.gpu.peak_bandwidth_gbs or measured["read_bandwidth_gbs"]
     record.study = metrics.study_keys(cell, peak, record.metrics["median_tpot_ms"])
     record.warnings = metrics.warnings(cell, measured, record.metrics)
     record.step_times_ms = measured.pop("step_times_ms")
     record.event_times_ms = measured.pop("event_times_ms")
-    record.environment["torch"] = measured.pop("torch")
     record.measured = measured
 
 

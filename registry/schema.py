@@ -96,6 +96,7 @@ class ProtocolConfig:
     """What is done, how often, and for how long at most."""
 
     name: str = MISSING
+    measures: str = "step"
     context: int = MISSING
     batch_size: int = MISSING
     warmup_steps: int = MISSING

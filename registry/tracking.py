@@ -69,6 +69,7 @@ QUIET_CLIENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # no background thread beside a timed child
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is down is told in seconds, not in minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -229,7 +230,8 @@ class Tracker:
 
         end = _milliseconds(record.started_at) + round(record.wall_s * 1000)
         metrics = [Metric(name, float(value), end, 0) for name, value in record.metrics.items()]
-        metrics += [Metric("step_time_ms", float(t), end, i) for i, t in enumerate(record.step_times_ms)]
+        for name, times in (("step_time_ms", record.step_times_ms), ("call_time_us", record.call_times_us)):
+            metrics += [Metric(name, float(time), end, place) for place, time in enumerate(times)]
         _guard(
             self._client.log_batch,
             run_id,

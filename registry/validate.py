@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 EXECUTIONS = ("eager", "cuda_graph")
 CACHES = ("dynamic", "static")
+MEASURES = ("step", "attention")
+"""What a cell may time: a whole decode step, or one attention kernel alone."""
 SIDES = ("below", "above")
 """Of its threshold on which a claim may be dead."""
 OVER = ("min", "median", "max")
 """What a figure of the study may be over several cells."""
-SECTIONS = ("batches", "matrix", "pairs", "variants", "study", "steps")
+SECTIONS = ("attention", "batches", "cost", "matrix", "pairs", "variants", "study", "steps")
 """What a report may be made of."""
 MODEL_TYPES = ("qwen2", "llama", "mistral")
 """The Llama-shaped families whose tensors rfloor knows by name."""
@@ -128,7 +130,11 @@ def _protocol(config: Config) -> Iterator[str]:
         yield f"protocol.timeout_s={p.timeout_s}: at most {LONGEST_S}, which is 23 days"
     if p.threads is not None and p.threads < 1:
         yield f"protocol.threads={p.threads}: at least 1, or null for one a physical core"
-    last = p.context + p.warmup_steps + p.measured_steps
+    if p.measures not in MEASURES:
+        yield f"protocol.measures={p.measures}: {nearest(p.measures, MEASURES)}"
+    if p.measures == "attention" and config.execution.cache != "dynamic":
+        yield "an attention kernel alone is given a cache whose every row is valid: execution.cache=dynamic"
+    last = p.context + (p.warmup_steps + p.measured_steps if p.measures == "step" else 1)
     if last > config.model.max_context:
         yield (
             f"protocol.context={p.context} with {p.warmup_steps} + {p.measured_steps} steps ends at {last} tokens, "

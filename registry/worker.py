@@ -93,9 +93,8 @@ def answer(request: Request) -> dict[str, Any]:
     stage("import")
     import torch
 
-    from registry.fidelity import LAYERS, compare
     from registry.kernels import require
-    from registry.measure import measure, read_bandwidth
+    from registry.measure import read_bandwidth
 
     config, protocol = request.config, request.config.protocol
     if request.device == "cuda" and not torch.cuda.is_available():
@@ -108,27 +107,44 @@ def answer(request: Request) -> dict[str, Any]:
     torch.set_num_threads(threads)
     with torch.inference_mode():
         _build(request)
-        with _factory(request) as make:
-            stage("check")
-            fidelity = compare(make(LAYERS), protocol.seed).require()
-            stage("load")
-            backend = make(None)
-            backend.load(protocol.context + protocol.warmup_steps + protocol.measured_steps)
-            measured = measure(backend, config.execution.name, protocol, request.mean_context, stage)
-            require(measured["kernels"], _wanted(request))
-            backend.close()
-            del backend
+        measured = _kernel(request) if protocol.measures == "attention" else _step(request)
+        require(measured["kernels"], _wanted(request))
         stage("bandwidth")
         gc.collect()
         if request.device == "cuda":
             torch.cuda.empty_cache()
         measured["read_bandwidth_gbs"] = read_bandwidth(request.device)
-    return measured | {
-        "fidelity": fidelity,
-        "threads": threads,
-        "torch": _describe_torch(),
-        "stages_s": _durations(),
-    }
+    return measured | {"threads": threads, "torch": _describe_torch(), "stages_s": _durations()}
+
+
+def _step(request: Request) -> dict[str, Any]:
+    """Check and time a whole decode step."""
+    from registry.fidelity import LAYERS, compare
+    from registry.measure import measure
+
+    config, protocol = request.config, request.config.protocol
+    with _factory(request) as make:
+        stage("check")
+        fidelity = compare(make(LAYERS), protocol.seed).require()
+        stage("load")
+        backend = make(None)
+        backend.load(protocol.context + protocol.warmup_steps + protocol.measured_steps)
+        measured = measure(backend, config.execution.name, protocol, request.mean_context, stage)
+        backend.close()
+    return measured | {"fidelity": fidelity}
+
+
+def _kernel(request: Request) -> dict[str, Any]:
+    """Check and time the attention kernel alone."""
+    from registry.api import Architecture
+    from registry.kernel_cell import measure_kernel
+
+    config = request.config
+    (plugin, options) = next((plugin, options) for kind, plugin, options in _called(request) if kind == "attention")
+    architecture = Architecture.of(config.model)
+    return measure_kernel(
+        plugin(options), architecture, config.protocol, config.execution.name, request.device, stage
+    )
 
 
 def _build(request: Request) -> None:
@@ -160,9 +176,12 @@ def _called(request: Request) -> Iterator[tuple[str, Any, Any]]:
     """The plugins whose code a step runs, each with its kind and options."""
     from registry.plugins import load_target
 
-    hosting = load_target(request.targets["backend"]).hosting
+    if request.config.protocol.measures == "attention":
+        kinds = ["attention"]
+    else:
+        kinds = [*request.targets] if load_target(request.targets["backend"]).hosting else ["backend"]
     for kind, target in request.targets.items():
-        if hosting or kind == "backend":
+        if kind in kinds:
             plugin: Any = load_target(target)
             yield kind, plugin, plugin.Options(**getattr(request.config, kind).options)
 

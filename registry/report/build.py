@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from registry.report.attention import attention
 from registry.report.batches import batches
+from registry.report.cost import cost
 from registry.report.document import Report, markdown
 from registry.report.facts import facts
 from registry.report.matrix import matrix
@@ -16,7 +18,7 @@ from registry.report.study import study
 from registry.report.variants import variants
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from registry.registration import Registration
@@ -24,22 +26,27 @@ if TYPE_CHECKING:
     from registry.report.observation import Observation, Pair
     from registry.schema import ExperimentConfig
 
-    Maker = Callable[[Sequence[Observation], Sequence[Pair], ExperimentConfig], list[Section]]
+    Maker = Callable[[Sequence[Observation], Sequence[Pair], ExperimentConfig, Mapping[str, float]], list[Section]]
 
 SECTIONS: dict[str, Maker] = {
-    "batches": lambda runs, _, __: batches(runs),
-    "matrix": lambda runs, _, __: matrix(runs),
-    "pairs": lambda _, found, experiment: paired(found, experiment),
-    "variants": lambda runs, _, __: variants(runs),
-    "study": study,
-    "steps": lambda runs, _, __: steps(runs),
+    "attention": lambda runs, *_: attention(runs),
+    "batches": lambda runs, *_: batches(runs),
+    "cost": lambda runs, _, __, prices: cost(runs, prices),
+    "matrix": lambda runs, *_: matrix(runs),
+    "pairs": lambda _, found, experiment, __: paired(found, experiment),
+    "variants": lambda runs, *_: variants(runs),
+    "study": lambda runs, found, experiment, _: study(runs, found, experiment),
+    "steps": lambda runs, *_: steps(runs),
 }
 """What an experiment's `report` may name."""
 NAMES = ("report.html", "report.md")
 
 
 def build(
-    experiment: ExperimentConfig, observations: Sequence[Observation], registrations: Sequence[Registration] = ()
+    experiment: ExperimentConfig,
+    observations: Sequence[Observation],
+    registrations: Sequence[Registration] = (),
+    prices: Mapping[str, float] | None = None,
 ) -> Report:
     """Tell of an experiment.
 
@@ -48,11 +55,12 @@ def build(
         observations: Its runs.
         registrations: Of the sweeps that these belong to; their thresholds decide, not those that the configuration
             has now.
+        prices: Dollars an hour by GPU profile, over those of the records.
     """
     found = pairs(observations, experiment)
     report = Report(experiment.name, experiment.question, facts(observations))
     for name in experiment.report:
-        report.sections += SECTIONS[name](observations, found, experiment)
+        report.sections += SECTIONS[name](observations, found, experiment, prices or {})
     if experiment.claims:
         report.verdicts = _verdicts(experiment, found, registrations)
     return report

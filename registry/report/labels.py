@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from registry.display import axes_of
+from registry.display import AXES, axes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,6 +21,12 @@ def label(config: Mapping[str, Any], axes: Sequence[str] | None = None) -> list[
     """What stands in a cell's row: its place on each axis."""
     told = axes_of(config)
     return [told[axis] for axis in (axes or told)]
+
+
+def named(config: Mapping[str, Any], axes: Sequence[str]) -> str:
+    """The same in a picture, where no heading says what a number is."""
+    told = axes_of(config)
+    return " ".join(told[axis] if axis in AXES else f"{axis}={told[axis]}" for axis in axes)
 
 
 def number(value: float | None, digits: int) -> str:

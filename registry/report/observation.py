@@ -85,6 +85,10 @@ class Measured:
         found = self.values(metric)
         return float(np.median(found)) if found else None
 
+    def spread_of(self, metric: str) -> float | None:
+        """Coefficient of variation of a metric across the sessions; `None` for one."""
+        return stats.variation(self.values(metric))
+
     @property
     def spread(self) -> stats.Spread:
         """Of the step times, within and across the sessions that have some."""

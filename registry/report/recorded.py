@@ -12,20 +12,23 @@ from registry.report.observation import Observation
 from registry.tracking import RECORD, REGISTRATION, Tracker
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from registry.report.document import Report
     from registry.schema import Config
 
 
-def report(config: Config, sweeps: Sequence[str], folder: Path) -> tuple[Report, list[Path]]:
+def report(
+    config: Config, sweeps: Sequence[str], folder: Path, prices: Mapping[str, float]
+) -> tuple[Report, list[Path]]:
     """Write an experiment's report, and log it to the runs of the experiment's sweeps.
 
     Args:
         config: Names the experiment and where MLflow is.
         sweeps: Only these; all if empty.
         folder: For the page and the Markdown.
+        prices: Dollars an hour by GPU profile, over those of the records.
 
     Returns:
         The report and its files.
@@ -53,7 +56,7 @@ def report(config: Config, sweeps: Sequence[str], folder: Path) -> tuple[Report,
         for run_id, content in (tracker.recorded(REGISTRATION, own) if own else [])
         if _wanted(content, sweeps)
     }
-    found = build(experiment, observations, [*fixed.values()])
+    found = build(experiment, observations, [*fixed.values()], prices)
     files = write(found, folder)
     for run_id in fixed:
         tracker.close_experiment(run_id, found.verdicts, files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from registry.report.document import Section
-from registry.report.labels import label, varying
+from registry.report.labels import named, varying
 from registry.report.observation import cells
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ def steps(observations: Sequence[Observation]) -> list[Section]:
 def _strips(observations: Sequence[Observation]) -> list[Any]:
     from plotly import graph_objects as go
 
-    found = [one for one in cells(observations) if one.ok]
+    found = [one for one in cells([one for one in observations if one.record.step_times_ms])]
     axes = varying([one.config for one in found])
     figure = go.Figure()
     for one in found:
-        name = " ".join(label(one.config, axes))
+        name = named(one.config, axes)
         times = [(time, run) for run in one.ok for time in run.record.step_times_ms]
         figure.add_trace(
             go.Box(
@@ -50,6 +50,6 @@ def _strips(observations: Sequence[Observation]) -> list[Any]:
                 hovertext=[f"session {run.record.session}, run {run.trace}" for _, run in times],
             )
         )
-    figure.update_layout(xaxis_title="step time, ms", showlegend=False, height=120 + 34 * len(found))
-    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_layout(xaxis_title="step time, ms", showlegend=False, height=170 + 34 * len(found))
+    figure.update_yaxes(type="category", autorange="reversed", automargin=True)
     return [figure]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.kernels import short
 from registry.report.document import Row, Section, Table
-from registry.report.labels import label, number, percent, varying
+from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import TPOT, cells
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _bars(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
     from plotly import graph_objects as go
 
     measured = [one for one in found if one.ok]
-    names = [" ".join(label(one.config, axes)) for one in measured]
+    names = [named(one.config, axes) for one in measured]
     figure = go.Figure()
     for name, metric, color in (("first visit", TPOT, "#3465a4"), ("again", AGAIN, "#a8c0e0")):
         middle = [one.median(metric) or 0.0 for one in measured]

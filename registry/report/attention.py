@@ -1,0 +1,111 @@
+"""Attention kernels alone, eagerly and in a graph, which tells dispatch and kernel apart: the study's section 6."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from registry.report.document import Row, Section, Table
+from registry.report.labels import label, number, percent, varying
+from registry.report.observation import TPOT, cells
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from registry.report.observation import Measured, Observation
+
+KIND = "attention"
+CALL = "median_call_us"
+TOTAL = "layers_total_ms"
+
+
+def attention(observations: Sequence[Observation]) -> list[Section]:
+    """One row a kernel, shape and launch, and its share of the recorded step of the same model and launch."""
+    kernels = cells([one for one in observations if one.record.kind == KIND])
+    steps = [one for one in cells([one for one in observations if one.record.kind != KIND]) if one.ok]
+    if not kernels:
+        return []
+    axes = [axis for axis in varying([one.config for one in kernels]) if axis != "cache"]
+    headings = [*axes, "outcome", "n", "us/call", "events us/call", "across", "all layers ms", "share of step"]
+    headings += ["MB/call", "GB/s", "cosine"]
+    rows = [_row(one, axes, steps) for one in kernels]
+    refused = [
+        Row([*label(one.config, axes), one.outcome, one.reason], one.observations) for one in kernels if one.reason
+    ]
+    text = [
+        "A call attends with one token to the context and itself; the calls rotate over 32 caches. us/call is the "
+        "median over the sessions of each one's median: eagerly wall clock with a synchronise around each call, so "
+        "dispatch and kernel; in a graph a replay of 32 calls, divided by them, so the kernel. events lets the host "
+        "run ahead. The share is that of all layers' calls in the step of the same model and launch with PyTorch's "
+        "own choice of kernel. GB/s are the bytes of keys, values, query and output over us/call.",
+        _enabled(kernels),
+    ]
+    sections = [Section("Kernels", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(kernels))]
+    if refused:
+        table = Table([*axes, "outcome", "why"], refused, len(axes) + 2)
+        sections.append(Section("Not measured", (), [table]))
+    return sections
+
+
+def _row(one: Measured, axes: Sequence[str], steps: Sequence[Measured]) -> Row:
+    runs = f"{len(one.ok)}/{len(one.observations)}"
+    if not one.ok:
+        return Row([*label(one.config, axes), one.outcome, runs, *[""] * 8], one.observations)
+    step = next((step for step in steps if _same_step(step, one)), None)
+    total, whole = one.median(TOTAL), step.median(TPOT) if step else None
+    size = one.median("call_bytes")
+    figures = [number(one.median(CALL), 2), number(one.median("event_median_call_us"), 2)]
+    figures += [percent(one.spread_of(CALL)), number(total, 3)]
+    figures += [f"{total / whole:.1%}" if total and whole else "", number(size / 1e6 if size else None, 2)]
+    figures += [number(one.median("call_gbs"), 0), number(one.median("output_cosine"), 5)]
+    return Row(
+        [*label(one.config, axes), one.outcome, runs, *figures], [*one.observations, *(step.ok if step else ())]
+    )
+
+
+def _same_step(step: Measured, kernel: Measured) -> bool:
+    mine, theirs = kernel.config, step.config
+    return (
+        step.device == kernel.device
+        and theirs["model"] == mine["model"]
+        and theirs["execution"]["name"] == mine["execution"]["name"]
+        and all(theirs["protocol"][key] == mine["protocol"][key] for key in ("context", "batch_size"))
+    )
+
+
+def _enabled(kernels: Sequence[Measured]) -> str:
+    flags = [one.record.measured["sdp_enabled"] for kernel in kernels for one in kernel.ok]
+    told = ", ".join(f"{name} {'on' if on else 'off'}" for name, on in (flags[0] if flags else {}).items())
+    differ = "" if all(one == flags[0] for one in flags) else " (not in every run)"
+    return f"What scaled_dot_product_attention may choose from: {told}{differ}." if flags else ""
+
+
+def _bars(kernels: Sequence[Measured]) -> list[Any]:
+    from plotly import graph_objects as go
+
+    figures = []
+    for model in dict.fromkeys(one.config["model"]["name"] for one in kernels):
+        figure = go.Figure()
+        own = [one for one in kernels if one.config["model"]["name"] == model and one.ok]
+        for launch, color in (("eager", "#a8c0e0"), ("cuda_graph", "#3465a4")):
+            shown = [one for one in own if one.config["execution"]["name"] == launch]
+            middle = [one.median(CALL) or 0.0 for one in shown]
+            bars = {
+                "type": "data",
+                "symmetric": False,
+                "array": [max(one.values(CALL)) - value for one, value in zip(shown, middle, strict=True)],
+                "arrayminus": [value - min(one.values(CALL)) for one, value in zip(shown, middle, strict=True)],
+            }
+            names = [one.config["attention"]["name"] for one in shown]
+            figure.add_trace(
+                go.Bar(y=names, x=middle, name=launch, orientation="h", error_x=bars, marker={"color": color})
+            )
+        names = {one.config["attention"]["name"] for one in own}
+        figure.update_layout(
+            title=f"one call at the shape of {model}: median, least and greatest session",
+            xaxis={"title": "us, logarithmic", "type": "log"},
+            barmode="group",
+            height=160 + 50 * len(names),
+        )
+        figure.update_yaxes(autorange="reversed", automargin=True)
+        figures.append(figure)
+    return figures
