@@ -99,12 +99,12 @@ def _bars(kernels: Sequence[Measured]) -> list[Any]:
             figure.add_trace(
                 go.Bar(y=names, x=middle, name=launch, orientation="h", error_x=bars, marker={"color": color})
             )
-        names = {one.config["attention"]["name"] for one in own}
+        kinds = {one.config["attention"]["name"] for one in own}
         figure.update_layout(
             title=f"one call at the shape of {model}: median, least and greatest session",
             xaxis={"title": "us, logarithmic", "type": "log"},
             barmode="group",
-            height=160 + 50 * len(names),
+            height=160 + 50 * len(kinds),
         )
         figure.update_yaxes(autorange="reversed", automargin=True)
         figures.append(figure)

@@ -17,10 +17,10 @@ def varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if len({axes[name] for axes in told}) > 1] or names[:1]
 
 
-def label(config: Mapping[str, Any], axes: Sequence[str] | None = None) -> list[str]:
+def label(config: Mapping[str, Any], axes: Sequence[str]) -> list[str]:
     """What stands in a cell's row: its place on each axis."""
     told = axes_of(config)
-    return [told[axis] for axis in (axes or told)]
+    return [told[axis] for axis in axes]
 
 
 def named(config: Mapping[str, Any], axes: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ def steps(observations: Sequence[Observation]) -> list[Section]:
 def _strips(observations: Sequence[Observation]) -> list[Any]:
     from plotly import graph_objects as go
 
-    found = [one for one in cells([one for one in observations if one.record.step_times_ms])]
+    found = cells([one for one in observations if one.record.step_times_ms])
     axes = varying([one.config for one in found])
     figure = go.Figure()
     for one in found:
