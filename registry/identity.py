@@ -26,8 +26,8 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
     """Hash of everything that changes a measurement.
 
     Args:
-        config: The resolved cell. Where its runs and records go, what it is asked for, how often and how long
-            it may take is left out.
+        config: The resolved cell. Where its runs and records go, what it is asked for, how often and how long it may
+            take, and what is looked at once all is timed, is left out.
         device: The device that measures; its name and driver count, not which of several equal ones it is.
         modules: The plugins' modules.
         versions: Installed packages.
@@ -37,6 +37,9 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
     """
     resolved = what_is_measured(config)
     del resolved["protocol"]["timeout_s"]
+    # A profile comes after the last timed step, where the kernels' names are looked up in every run anyway: what is
+    # measured, and every figure of it, is the same with and without.
+    del resolved["protocol"]["profiled_steps"]
     identity = {
         "config": resolved,
         "sources": {name: source_digest(name) for name in sorted({WORKER, *modules})},

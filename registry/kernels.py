@@ -70,9 +70,14 @@ def require(kernels: Mapping[str, int], wanted: Iterable[tuple[str, str]]) -> No
 
 
 def short(kernels: Mapping[str, int]) -> dict[str, int]:
-    """Names without template arguments, parameters and return types, and how often they ran together."""
-    bare: Counter[str] = Counter()
+    """Bare names, and how often they ran together."""
+    counts: Counter[str] = Counter()
     for name, count in kernels.items():
-        plain = name.removeprefix("void ").replace("(anonymous namespace)::", "")
-        bare[re.split(r"[<(]", plain, maxsplit=1)[0].strip() or name] += count
-    return dict(bare.most_common())
+        counts[bare(name)] += count
+    return dict(counts.most_common())
+
+
+def bare(name: str) -> str:
+    """A kernel's name without template arguments, parameters and return type."""
+    plain = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return re.split(r"[<(]", plain, maxsplit=1)[0].strip() or name

@@ -5,6 +5,7 @@ around each step, every cache length met for the first time. The second is the s
 faster by was paid once a length and not once a step (cuDNN's attention plans a kernel for every new
 length). On CUDA a third lets the host run ahead and times the steps by device events. Nothing else happens
 in the timed windows: the garbage collector is frozen, no event is sent to the parent, no profiler runs.
+Profilers run in passes of their own after the last timed one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import gc
 import statistics
 import time
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from registry.execution import EXECUTIONS
 from registry.hardware import snapshot
 from registry.kernels import seen
+from registry.profiler import profiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,6 +42,7 @@ def measure(
     protocol: ProtocolConfig,
     mean_context: float,
     stage: Callable[[str], None],
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Run the protocol on a loaded backend.
 
@@ -48,6 +52,7 @@ def measure(
         protocol: Context, steps, batch and seed.
         mean_context: Tokens that a measured step attends to on average, for the bytes it streams.
         stage: Told what begins; never called inside a timed window.
+        trace: Where the trace of profiled steps goes, if there are any.
 
     Returns:
         The raw times and what was counted beside them, ready for JSON.
@@ -89,6 +94,12 @@ def measure(
     stage("kernels")
     execution.rewind()
     kernels = seen(execution.step, device)
+    extra = {}
+    if protocol.profiled_steps:
+        stage("profile")
+        wait, step_ms = partial(synchronise, device), statistics.median(step_times)
+        with quiet():
+            extra["profile"] = profiled(execution, wait, device, protocol.profiled_steps, step_ms, trace)
     return {
         "ttft_ms": ttft_ms,
         "step_times_ms": step_times,
@@ -103,6 +114,7 @@ def measure(
         "device_before": before,
         "device_after": after,
         **peaks,
+        **extra,
     }
 
 

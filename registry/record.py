@@ -224,6 +224,11 @@ def path(folder: Path, cell_id: str, sweep_id: str, index: int) -> Path:
     return folder / cell_id / f"{sweep_id}-{index}.json"
 
 
+def trace_path(file: Path) -> Path:
+    """Where the trace of a record's profiled steps lies, given where the record does."""
+    return file.with_suffix(".trace.json.gz")
+
+
 def write_json(file: Path, content: Any) -> None:
     """Write JSON atomically: a temporary file in the same folder, flushed to disk, renamed into place."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
     elif cell.refusal:
         answer = dataclasses.asdict(cell.refusal)
     else:
-        answer = _ask_worker(cell, file.with_suffix(".log"), call)
+        answer = _ask_worker(cell, file, call)
     record.outcome = Outcome(answer.pop("outcome"))
     record.reason, record.remedy = (_sentence(answer.pop(key, "")) for key in ("reason", "remedy"))
     if record.outcome is Outcome.OK:
@@ -131,12 +132,13 @@ def fill(record: Record, cell: Cell, measured: dict[str, Any]) -> None:
     record.measured = measured
 
 
-def _ask_worker(cell: Cell, log: Path, call: Call) -> dict[str, Any]:
-    """Run the child process and take its answer, or make one out of how it ended."""
-    request = Request(cell.config, cell.device.kind, cell.targets, cell.mean_context)
+def _ask_worker(cell: Cell, file: Path, call: Call) -> dict[str, Any]:
+    """Run the child process and take its answer, or make one out of how it ended; its log lies beside the record."""
+    log = file.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="rfloor-") as folder, log.open("wb") as output:
-        question, answer = Path(folder, "request.json"), Path(folder, "answer.json")
+        question, answer, trace = (Path(folder, name) for name in ("request.json", "answer.json", "trace.json.gz"))
+        request = Request(cell.config, cell.device.kind, cell.targets, cell.mean_context, str(trace))
         question.write_text(to_json(request), encoding="utf-8")
         read_end, write_end = os.pipe()
         try:
@@ -167,6 +169,9 @@ def _ask_worker(cell: Cell, log: Path, call: Call) -> dict[str, Any]:
             }
         if answer.exists():
             content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+            if trace.exists():
+                with contextlib.suppress(OSError):  # a trace for which there is no room costs no figures
+                    shutil.move(trace, records.trace_path(file))
             return content
         return _died(child.returncode, log)
 

@@ -105,6 +105,7 @@ class ProtocolConfig:
     seed: int = MISSING
     timeout_s: float = MISSING
     threads: int | None = None
+    profiled_steps: int = 0
 
 
 @dataclass

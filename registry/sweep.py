@@ -277,13 +277,14 @@ def job(config: DictConfig) -> dict[str, Any]:
 
     number = HydraConfig.get().job.num
     if _running and _sweep:  # as planned before the sweep began, whatever has become of its files since
-        cell, call = _sweep.jobs[number].cell, _running.call
+        planned, call = _sweep.jobs[number], _running.call
+        cell, session = planned.cell, planned.session
         _running.reporter.begin(cell.label)
     else:
-        cell = _planner().plan(to_config(config))
+        cell, session = _planner().plan(to_config(config)), int(config.session)
         call = Call(config.sweep_id, None, lambda _: None)
         _track(call, cell.config.tracking)
-    record = run_cell(cell, number, config.session, call)
+    record = run_cell(cell, number, session, call)
     if _running:
         _running.reporter.done(record)
     return {"record": record.plain(), "tracking_error": call.tracking_error}

@@ -350,7 +350,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def artifacts(file: Path) -> dict[str, Path]:
     """What a run keeps beside its figures, given where its record lies."""
-    return {RECORD: file, "worker.log": file.with_suffix(".log")}
+    return {RECORD: file, "worker.log": file.with_suffix(".log"), "trace.json.gz": records.trace_path(file)}
 
 
 def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], list[str]]:

@@ -41,6 +41,8 @@ LARGEST = 2**63 - 1
 """Of any whole number: what a 64-bit register holds."""
 LONGEST_S = 2_000_000
 """Of a cell's timeout: poll(2), in which its parent waits, counts milliseconds in 32 bits."""
+MOST_PROFILED = 1000
+"""Steps: a median needs no more, and the trace of each is written and read back."""
 
 
 def validate(config: Config) -> None:
@@ -122,12 +124,15 @@ def _protocol(config: Config) -> Iterator[str]:
         "sessions": 1,
         "seed": 0,
         "timeout_s": 1,
+        "profiled_steps": 0,
     }
     for name, minimum in least.items():
         if getattr(p, name) < minimum:
             yield f"protocol.{name}={getattr(p, name)}: at least {minimum}"
     if p.timeout_s > LONGEST_S:
         yield f"protocol.timeout_s={p.timeout_s}: at most {LONGEST_S}, which is 23 days"
+    if p.profiled_steps > MOST_PROFILED:
+        yield f"protocol.profiled_steps={p.profiled_steps}: at most {MOST_PROFILED}"
     if p.threads is not None and p.threads < 1:
         yield f"protocol.threads={p.threads}: at least 1, or null for one a physical core"
     if p.measures not in MEASURES:

@@ -48,12 +48,14 @@ class Request:
         device: `cpu` or `cuda`.
         targets: `module:Class` of each plugin, by kind.
         mean_context: Tokens that a measured step attends to on average.
+        trace: Where the trace of profiled steps goes, in a folder of the parent's.
     """
 
     config: Config
     device: str
     targets: dict[str, str] = field(default_factory=dict)
     mean_context: float = 0.0
+    trace: str = ""
 
 
 _begun: list[tuple[str, float]] = []
@@ -129,7 +131,8 @@ def _step(request: Request) -> dict[str, Any]:
         stage("load")
         backend = make(None)
         backend.load(protocol.context + protocol.warmup_steps + protocol.measured_steps)
-        measured = measure(backend, config.execution.name, protocol, request.mean_context, stage)
+        trace = Path(request.trace) if request.trace else None
+        measured = measure(backend, config.execution.name, protocol, request.mean_context, stage, trace)
         backend.close()
     return measured | {"fidelity": fidelity}
 

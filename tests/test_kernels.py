@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from registry.kernels import require, seen, short
+from registry.kernels import bare, require, seen, short
 from registry.outcome import Outcome, Refused
 
 
@@ -58,3 +58,4 @@ def test_names_are_told_without_their_types() -> None:
         ("at::native::CatArrayBatchedCopy", 3),
         ("<odd>", 1),
     ]
+    assert bare("void marlin::Marlin<__half, 2L>(int4 const*)") == "marlin::Marlin"

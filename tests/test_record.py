@@ -363,6 +363,41 @@ def test_every_figure_of_a_measured_cell(cell: Cell) -> None:
     assert metrics.metrics(cell, made_up_answer()) == pytest.approx(FIGURES)
 
 
+PROFILE = {
+    "steps": 10,
+    "wall_us": 4000.0,
+    "inflation": 2.0,
+    "busy_us": 1500.0,
+    "gap_us": 2000.0,
+    "head_us": 400.0,
+    "tail_us": 100.0,
+    "host_us": 3500.0,
+    "kernels_per_step": 33,
+    "kernels_per_block": 10,
+    "cpu_cuda_ratio": 0.75,
+}
+
+
+def test_a_profile_adds_its_figures_and_changes_no_other(cell: Cell) -> None:
+    added = {
+        "gpu_busy_ms": 1.5,
+        "launch_gap_ms": 0.5,  # of the 2 ms of an unprofiled step
+        "host_ms": 3.5,
+        "kernels_per_step": 33,
+        "kernels_per_block": 10,
+        "profiler_inflation": 2.0,
+        "cpu_cuda_ratio": 0.75,
+        "bw_util": 0.672576,  # the study's bytes, as in r_floor
+        "bw_util_profiled": 0.336288,  # over 4 ms
+    }
+    assert metrics.metrics(cell, made_up_answer(profile=PROFILE)) == pytest.approx(FIGURES | added)
+
+
+def test_without_a_profiled_step_the_unprofiled_one_has_its_utilisation(cell: Cell) -> None:
+    figures = metrics.metrics(cell, made_up_answer(profile={"steps": 0}))
+    assert figures == pytest.approx(FIGURES | {"bw_util": 0.672576})
+
+
 @pytest.mark.parametrize(
     ("overrides", "changes", "missing"),
     [
@@ -458,6 +493,21 @@ def test_a_first_visit_that_is_15_percent_dearer_is_told(cell: Cell, again: floa
 def test_a_floor_without_a_spec_sheet_says_so(composer: Composer, gpu: str, told: int) -> None:
     found = warnings(made_up_cell(composer, "gpu=cpu", gpu=gpu))
     assert found == ["no spec sheet: r_floor and mbu stand against the measured read bandwidth"] * told
+
+
+@pytest.mark.parametrize(
+    ("profile", "told"),
+    [
+        (
+            PROFILE,
+            "profiled steps took 2.00 times as long as unprofiled ones: the gap between kernels is the profiler's",
+        ),
+        ({"steps": 0}, "torch.profiler saw no step here"),
+    ],
+)
+def test_a_profile_that_is_not_the_unprofiled_step_s_is_told(cell: Cell, profile: dict[str, Any], told: str) -> None:
+    [warning] = warnings(cell, profile=profile)
+    assert warning.startswith(told)
 
 
 def test_a_few_slow_steps_are_no_first_visit(cell: Cell) -> None:

@@ -83,6 +83,7 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
         (["quant.plugin=nf5"], "no quant plugin is called 'nf5': did you mean nf4?"),
         (["execution.cache=statik"], "did you mean static?"),
         (["model=tiny", "context=5000"], "tiny takes 4096: at most context=4061"),
+        (["protocol.profiled_steps=1001"], "protocol.profiled_steps=1001: at most 1000"),
         (["protocol.measured_steps=0"], "protocol.measured_steps=0: at least 1"),
         (["measured_steps=0"], "no key is called 'measured_steps': did you mean protocol.measured_steps?"),
         (["attention.options.kernel=flsh"], "attention.options.kernel=flsh: did you mean flash?"),
@@ -476,6 +477,7 @@ def test_a_quant_brings_its_backend_where_none_is_named(plan: Plan) -> None:
         ["tracking=server", "tracking.experiment=other"],
         ["records=elsewhere"],
         ["protocol.timeout_s=5"],
+        ["protocol.profiled_steps=10"],
         ["dry_run=true"],
         ["sweep_id=other"],
         ["gpu=h200"],
@@ -607,12 +609,12 @@ def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPat
 
         def done(self, record: Any) -> None: ...
 
-    def run_cell(given: Cell, number: int, session: Any) -> Told:
+    def run_cell(given: Cell, number: int, session: int, call: Any) -> Told:
         seen.append(given)
         return Told()
 
     told: Any = Told()
-    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([[]], [cell]))
+    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([sweep.Job([], cell, 0)]))
     monkeypatch.setattr(sweep, "_running", sweep.Running(told, told))
     monkeypatch.setattr(sweep, "_planner", lambda: pytest.fail("planned again"))
     monkeypatch.setattr("registry.run.run_cell", run_cell)
@@ -628,7 +630,7 @@ def test_what_fails_outside_every_cell_ends_the_call_with_1(monkeypatch: pytest.
     def fail(*_: Any) -> int:
         raise OSError("no space left")
 
-    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([], []))
+    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([]))
     monkeypatch.setattr(sweep, "run", fail)
     with pytest.raises(SystemExit) as caught:
         sweep.SweepCallback().on_multirun_start(OmegaConf.create())

@@ -22,12 +22,13 @@ from test_record import made_up_cell, made_up_record
 
 from registry import cli, tracking
 from registry import record as records
+from registry.call import Call
 from registry.compose import Composer
 from registry.outcome import Outcome, Refusal
 from registry.plan import Cell
 from registry.record import Record
-from registry.run import Session, resolved, run_cell
-from registry.schema import TrackingConfig
+from registry.run import run_cell
+from registry.schema import TrackingConfig, what_is_measured
 from registry.tracking import Tracker, TrackingDown, artifacts, import_records
 
 # sqlalchemy about what MLflow does
@@ -290,7 +291,7 @@ def test_flatten(config: dict[str, Any], leaves: dict[str, str]) -> None:
 def test_no_secret_of_the_configuration_is_a_parameter(composer: Composer) -> None:
     cell = made_up_cell(composer, "tracking.uri='http://user:hunter2@host'")
     assert cell.config.tracking.uri == "http://user:hunter2@host"
-    assert "hunter2" not in json.dumps(resolved(cell))
+    assert "hunter2" not in json.dumps(what_is_measured(cell.config))
 
 
 # The experiment
@@ -583,9 +584,9 @@ class Failing:
 def test_a_cell_keeps_its_record_when_mlflow_goes_down(
     store: Store, folder: Path, refused: Cell, at: str, counts: Counter[str]
 ) -> None:
-    session = Session("sweep", Failing(Tracker(store.config), at), lambda _: None)  # type: ignore[arg-type]
-    record = run_cell(refused, 0, session)
-    assert (session.tracker, session.tracking_error) == (None, f"gone at {at}")
+    call = Call("sweep", Failing(Tracker(store.config), at), lambda _: None)  # type: ignore[arg-type]
+    record = run_cell(refused, 0, 0, call)
+    assert (call.tracker, call.tracking_error) == (None, f"gone at {at}")
     [file] = folder.rglob("*.json")
     assert json.loads(file.read_text()) == json.loads(json.dumps(record.plain()))
     assert import_records(folder, store.config) == (counts, [])
@@ -594,8 +595,8 @@ def test_a_cell_keeps_its_record_when_mlflow_goes_down(
 
 
 def test_a_cell_that_mlflow_takes_is_present(store: Store, folder: Path, refused: Cell) -> None:
-    session = Session("sweep", Tracker(store.config), lambda _: None)
-    record = run_cell(refused, 0, session)
+    call = Call("sweep", Tracker(store.config), lambda _: None)
+    record = run_cell(refused, 0, 0, call)
     [run] = store.runs()
     assert (run.data.tags["rfloor.record_id"], run.data.tags["outcome"]) == (record.record_id, "unsupported")
     assert run.info.start_time <= run.info.end_time
@@ -631,7 +632,7 @@ NO_TORCH = """
 import sys
 from pathlib import Path
 from registry import record as records
-from registry.schema import TrackingConfig
+from registry.schema import TrackingConfig, what_is_measured
 from registry.tracking import Tracker, artifacts, import_records
 assert "mlflow" not in sys.modules, "MLflow takes seconds to import"
 uri, folder = sys.argv[1:]

@@ -88,6 +88,8 @@ BAD = [
     ("protocol.seed", -1, "protocol.seed=-1: at least 0"),
     ("protocol.seed", LARGEST + 1, f"protocol.seed: a whole number of at most {LARGEST}"),
     ("protocol.timeout_s", 2000000.5, "protocol.timeout_s=2000000.5: at most 2000000, which is 23 days"),
+    ("protocol.profiled_steps", -1, "protocol.profiled_steps=-1: at least 0"),
+    ("protocol.profiled_steps", 1001, "protocol.profiled_steps=1001: at most 1000"),
     ("protocol.threads", 0, "protocol.threads=0: at least 1, or null for one a physical core"),
     (
         "protocol.context",
@@ -123,6 +125,7 @@ GOOD = [
     ("protocol.warmup_steps", 0),
     ("protocol.seed", 0),
     ("protocol.seed", LARGEST),
+    ("protocol.profiled_steps", 1000),
     ("protocol.threads", None),
     ("protocol.threads", 1),
     ("protocol.context", 4061),
