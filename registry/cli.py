@@ -10,7 +10,7 @@ from typing import Any
 
 from registry.architecture import Architecture
 from registry.checkpoint import CheckpointFormat
-from registry.compose import NO_EXPERIMENT, Composer
+from registry.compose import Composer
 from registry.display import console, tell_report
 from registry.outcome import BadInput, Refused, nearest
 from registry.plan import plugin_options
@@ -101,7 +101,7 @@ def _report(name: str, overrides: list[str]) -> int:
     composer = Composer(Catalog())
     given = {key: value for key, _, value in (text.partition("=") for text in overrides)}
     own = {key for key in given if key in ("out", "sweep") or key.startswith(PRICE)}
-    known = [option for option in composer.options("experiment") if option != NO_EXPERIMENT]
+    known = [option for option in composer.options("experiment") if option != "none"]
     if name not in known:
         raise BadInput(f"no experiment is called {name!r}: {nearest(name, known)}")
     (job,) = composer.jobs([text for text in overrides if text.partition("=")[0] not in own], multirun=False)

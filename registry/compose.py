@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 CONF = ROOT / "conf"
 CONFIG_NAME = "config"
 EXPERIMENT = "experiment"
-NO_EXPERIMENT = "none"
+NO_EXPERIMENT = [f"{EXPERIMENT}=none"]
 SHORT = {"protocol.context": "context"}
 """Keys that have a short form."""
 HYDRA_ALLOWED = ("hydra/launcher", "hydra.launcher.*", "hydra.verbose")
@@ -113,17 +113,17 @@ class Composer:
             self._check(override, multirun)
         self._check_hydra([override.input_line or "" for override in parsed if override.is_hydra_override()])
         axes = {o.get_key_element(): _texts(o) for o in parsed if not o.is_hydra_override()}
+        if axes.get(EXPERIMENT, NO_EXPERIMENT) == NO_EXPERIMENT:
+            return [list(job) for job in itertools.product(*axes.values())]
         jobs: dict[tuple[str, ...], None] = {}  # in order, and those that two products of an experiment share once
-        for experiment in axes.pop(EXPERIMENT, [""]):
+        for experiment in axes.pop(EXPERIMENT):
             for product in self._products(experiment, multirun):
                 jobs |= dict.fromkeys(itertools.product(*_with(product, axes).values()))
         return [list(job) for job in jobs]
 
     def _products(self, experiment: str, multirun: bool) -> list[dict[str, list[str]]]:
-        """The axes of each product of an experiment's cells; one product without an axis where there is none."""
-        config = to_config(self._groups((experiment,))).experiment if experiment else None
-        if config is None or config.name == NO_EXPERIMENT:
-            return [{}]
+        """The axes of each product of an experiment's cells."""
+        config = to_config(self._groups((experiment,))).experiment
         if not multirun:
             raise BadInput(f"{experiment} is a sweep, add -m: python runner.py -m {experiment} ...")
         if not config.cells:

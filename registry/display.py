@@ -147,10 +147,13 @@ def results(records: Sequence[Record], width: int) -> Table:
 
 
 def _by_cell(records: Sequence[Record]) -> list[list[Record]]:
-    """The sessions of each cell; those of equal identity in one sweep are one cell."""
-    groups: dict[str, list[Record]] = {}
+    """The sessions of each cell; one that was asked for twice is two, in each session."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    met: Counter[tuple[str, int]] = Counter()
     for record in records:
-        groups.setdefault(f"{record.cell_id} {record.label}", []).append(record)
+        place = record.cell_id, record.session
+        groups.setdefault((record.cell_id, met[place]), []).append(record)
+        met[place] += 1
     return [*groups.values()]
 
 

@@ -156,7 +156,8 @@ class ExperimentConfig:
     """A named sweep with its question: which cells, which arms are paired, what was claimed, what is told of it.
 
     `cells` is a list of products, each an override's key and its values; `arms` names the group whose `baseline` and
-    `candidate` are measured back to back in each session.
+    `candidate` are measured back to back in each session. `study_files` says what its cells are to the study
+    (`registry.export`).
     """
 
     name: str = MISSING
@@ -168,6 +169,7 @@ class ExperimentConfig:
     claims: list[ClaimConfig] = field(default_factory=list)
     study: list[StudyFigure] = field(default_factory=list)
     report: list[str] = field(default_factory=list)
+    study_files: str | None = None
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry import record as records
-from registry import registration as registrations
+from registry.archive import everything_in
 from registry.kernels import short
 from registry.outcome import Outcome, Refusal
 from registry.registration import KIND, Registration
@@ -285,7 +285,9 @@ class Tracker:
     def _runs(self, where: str = "") -> Iterator[Any]:
         token = None
         while True:
-            page = _guard(self._client.search_runs, [self._experiment], where, max_results=1000, page_token=token)
+            page = _guard(
+                self._client.search_runs, [self._experiment], filter_string=where, max_results=1000, page_token=token
+            )
             yield from page
             token = page.token
             if not token:
@@ -370,14 +372,8 @@ def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], 
     tracker = Tracker(config)
     known = tracker.known()
     counts: Counter[str] = Counter()
-    problems = []
-    for file in sorted(folder.rglob("*.json")):
-        try:
-            content = records.read_json(file)
-            found = _of_any_kind(content)
-        except records.BadRecord as error:
-            problems.append(f"{file}: {error}")
-            continue
+    everything, problems = everything_in(folder)
+    for file, found in everything:
         run_id, complete = known.get(found.record_id, ("", False))
         if complete:
             counts["present"] += 1
@@ -386,17 +382,6 @@ def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], 
         run_id = _import(tracker, found, run_id, file)
         known[found.record_id] = (run_id, True)
     return counts, problems
-
-
-def _of_any_kind(content: Any) -> Record | Registration:
-    """What a JSON file beside the records is.
-
-    Raises:
-        BadRecord: Neither a record nor a registration.
-    """
-    if isinstance(content, dict) and content.get("kind") == KIND:
-        return registrations.from_json(content)
-    return records.from_plain(content)
 
 
 def _import(tracker: Tracker, found: Record | Registration, run_id: str, file: Path) -> str:

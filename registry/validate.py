@@ -27,7 +27,9 @@ SIDES = ("below", "above")
 """Of its threshold on which a claim may be dead."""
 OVER = ("min", "median", "max")
 """What a figure of the study may be over several cells."""
-SECTIONS = ("attention", "batches", "cost", "matrix", "pairs", "variants", "study", "steps")
+STUDY_FILES = ("cells", "pairs", "stack", "quant", "profile")
+"""What an experiment's cells may be to the study, which names and fills their files differently (its appendix A)."""
+SECTIONS = ("attention", "batches", "cost", "matrix", "pairs", "profiles", "variants", "study", "steps")
 """What a report may be made of."""
 MODEL_TYPES = ("qwen2", "llama", "mistral")
 """The Llama-shaped families whose tensors rfloor knows by name."""
@@ -163,6 +165,8 @@ def _experiment(config: Config) -> Iterator[str]:
     for figure in e.study:
         if figure.over not in OVER:
             yield f"{told}: over={figure.over}: {nearest(figure.over, OVER)}"
+    if e.study_files is not None and e.study_files not in STUDY_FILES:
+        yield f"{told}: study_files={e.study_files}: {nearest(e.study_files, STUDY_FILES)}"
     for section in e.report:
         if section not in SECTIONS:
             yield f"{told}: no section of a report is called {section}: {nearest(section, SECTIONS)}"

@@ -309,7 +309,10 @@ def test_an_experiment_is_made_once_with_columns_for_the_ui(store: Store) -> Non
 
 
 def test_every_column_of_the_view_is_something_that_is_logged(store: Store, cell: Cell) -> None:
-    run = log(store, made_up_record(cell, measured={"kernels": {"void marlin::Marlin<1>(int4 const*)": 196}}))
+    run = log(
+        store,
+        made_up_record(cell, experiment="matrix", measured={"kernels": {"void marlin::Marlin<1>(int4 const*)": 196}}),
+    )
     assert run.data.tags["kernels"] == "marlin::Marlin x196"
     kinds = {"params": run.data.params, "metrics": run.data.metrics, "tags": run.data.tags}
     logged = {f"{kind}.{name}" for kind, names in kinds.items() for name in names}

@@ -1,0 +1,103 @@
+"""Where a step's time goes: kernels, gaps and host, set against the step that nobody profiled: the study's section 8."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from registry import profile
+from registry.report.document import Row, Section, Table
+from registry.report.labels import label, named, number, varying
+from registry.report.observation import TPOT, cells
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from registry.report.observation import Measured, Observation
+
+FIGURES = (
+    ("TPOT ms", TPOT, 3),
+    ("busy ms", "gpu_busy_ms", 3),
+    ("launch gap ms", "launch_gap_ms", 3),
+    ("host ms", "host_ms", 3),
+    ("kernels", "kernels_per_step", 0),
+    ("a block", "kernels_per_block", 0),
+    ("inflation", "profiler_inflation", 2),
+    ("cpu/cuda", "cpu_cuda_ratio", 2),
+    ("bw_util", "bw_util", 3),
+    ("profiled", "bw_util_profiled", 3),
+)
+TOLD = 16
+"""Kernels of a cell that are named."""
+
+
+def profiles(observations: Sequence[Observation]) -> list[Section]:
+    """Each profiled cell's parts, the doubts about them, and its kernels by time."""
+    found = cells([one for one in observations if "profile" in one.record.measured])
+    if not found:
+        return []
+    axes = varying([one.config for one in found])
+    text = [
+        "TPOT is the unprofiled median. busy is the time in which the device ran something, launch gap what of the "
+        "unprofiled step it did not; host is from a profiled step's start to the return of its last launch. bw_util is "
+        "the study's: W + K over the spec sheet's bandwidth and the unprofiled step, and over the profiled one.",
+        *(f"{named(one.config, axes)}: {doubt}" for one in found for doubt in _doubts(one)),
+    ]
+    headings = [*axes, *(heading for heading, *_ in FIGURES)]
+    table = Table(headings, [_row(one, axes) for one in found], text_columns=len(axes))
+    sections = [Section("Where a step's time goes", text, [table], lambda: _parts(found, axes))]
+    return sections + [
+        Section(f"Kernels of {named(one.config, axes)}", _whole(one), [_kernels(one)]) for one in found
+    ]
+
+
+def _row(one: Measured, axes: Sequence[str]) -> Row:
+    return Row(
+        [*label(one.config, axes), *(number(one.median(metric), digits) for _, metric, digits in FIGURES)],
+        one.observations,
+    )
+
+
+def _doubts(one: Measured) -> list[str]:
+    """Of each session's profile, each sentence once; none means that the parts make the unprofiled step."""
+    told = [
+        doubt for run in one.ok for doubt in profile.doubts(run.record.measured["profile"], run.record.metrics[TPOT])
+    ]
+    return list(dict.fromkeys(told)) or ["the profile's parts make the unprofiled step within 5 %"]
+
+
+def _kernels(one: Measured) -> Table:
+    last = one.ok[-1]
+    rows = profile.rows(last.record.measured["profile"])
+    told = [Row([row.name, f"{row.count:g}", number(row.us, 1), f"{row.share:.1%}"], [last]) for row in rows[:TOLD]]
+    rest = rows[TOLD:]
+    if rest:
+        count, us, share = (sum(getattr(row, name) for row in rest) for name in ("count", "us", "share"))
+        told.append(Row([f"{len(rest)} others", f"{count:g}", number(us, 1), f"{share:.1%}"], [last]))
+    return Table(["kernel", "a step", "us a step", "of the busy time"], told)
+
+
+def _whole(one: Measured) -> list[str]:
+    """The last session's profile in words."""
+    found = one.ok[-1].record.measured["profile"]
+    parts = [
+        f"{name.removesuffix('_us').replace('_', ' ')} {found[name]:.1f} us"
+        for name in ("wall_us", "head_us", "busy_us", "gap_us", "tail_us", "launch_us", "sync_us", "memcpy_us")
+        if name in found
+    ]
+    return [f"Of a profiled step: {', '.join(parts)}. Its trace is the run's trace.json.gz."]
+
+
+def _parts(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
+    from plotly import graph_objects as go
+
+    names = [named(one.config, axes) for one in found]
+    figure = go.Figure()
+    for name, metric, color in (("busy", "gpu_busy_ms", "#3465a4"), ("launch gap", "launch_gap_ms", "#e0a8a8")):
+        times = [one.median(metric) for one in found]
+        if any(time is not None for time in times):
+            figure.add_trace(go.Bar(y=names, x=times, name=name, orientation="h", marker={"color": color}))
+    figure.update_layout(
+        title="the unprofiled step, ms", xaxis_title="ms", barmode="stack", height=170 + 44 * len(found)
+    )
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return [figure] if figure.data else []
