@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from registry.architecture import Architecture
+from registry.archive import records_in
 from registry.checkpoint import CheckpointFormat
 from registry.compose import Composer
 from registry.display import console, tell_report
+from registry.export import export
 from registry.outcome import BadInput, Refused, nearest
 from registry.plan import plugin_options
 from registry.plugins import Catalog
@@ -44,8 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help="out=DIR, sweep=ID,ID, price.GPU=DOLLARS_AN_HOUR, tracking.KEY=VALUE",
     )
+    exporter = commands.add_parser("export", help="write records as the study's own cell files")
+    exporter.add_argument("--study", type=Path, required=True, metavar="DIR", help="where to")
+    exporter.add_argument("folder", type=Path, nargs="?", default=Path("records"), help="records (default: records)")
     args = parser.parse_args(arguments)
     try:
+        if args.command == "export":
+            return _export(args.folder, args.study)
         if args.command == "report":
             return _report(args.experiment, args.overrides)
         if args.command == "synthesize":
@@ -101,7 +108,7 @@ def _report(name: str, overrides: list[str]) -> int:
     composer = Composer(Catalog())
     given = {key: value for key, _, value in (text.partition("=") for text in overrides)}
     own = {key for key in given if key in ("out", "sweep") or key.startswith(PRICE)}
-    known = [option for option in composer.options("experiment") if option != "none"]
+    known = _experiments(composer)
     if name not in known:
         raise BadInput(f"no experiment is called {name!r}: {nearest(name, known)}")
     (job,) = composer.jobs([text for text in overrides if text.partition("=")[0] not in own], multirun=False)
@@ -115,6 +122,27 @@ def _report(name: str, overrides: list[str]) -> int:
     except OSError as error:
         raise BadInput(f"out={folder} cannot be written: {error}") from error
     return 0
+
+
+def _export(folder: Path, target: Path) -> int:
+    """Write the study's files out of a folder of records."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is no folder")
+    composer = Composer(Catalog())
+    shapes = {name: composer.cell([f"experiment={name}"]).experiment.study_files for name in _experiments(composer)}
+    found, problems = records_in(folder)
+    try:
+        files, left_out = export(found, shapes, target)
+    except OSError as error:
+        raise BadInput(f"--study {target} cannot be written: {error}") from error
+    print(f"{len(files)} files in {target}; {left_out} records are of no measured step of an experiment of the study")
+    for problem in problems:
+        print(f"rfloor: no record: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _experiments(composer: Composer) -> list[str]:
+    return [option for option in composer.options("experiment") if option != "none"]
 
 
 def _price(key: str, value: str, composer: Composer) -> float:

@@ -13,16 +13,13 @@ if TYPE_CHECKING:
 
     from registry.record import Record
 
-SHAPES = ("cells", "pairs", "stack", "quant", "profile")
-"""What an experiment's cells are to the study, which names and fills their files differently (its appendix A)."""
-
 
 def export(records: Sequence[Record], shapes: Mapping[str, str | None], folder: Path) -> tuple[list[Path], int]:
     """Write the study's files.
 
     Args:
         records: Of any sweeps; only measured steps count.
-        shapes: Of each experiment, one of `SHAPES`; without one its records have no file in the study.
+        shapes: Of each experiment, one of `registry.validate.STUDY_FILES`; without one its records have no file in the study.
         folder: Where to.
 
     Returns:
@@ -36,7 +33,8 @@ def export(records: Sequence[Record], shapes: Mapping[str, str | None], folder: 
             left_out += 1
             continue
         name = f"{_prefix(shape, record)}.json"
-        files[name] = files.get(name, {}) | record.study | _keys(shape, record)
+        keys, known = _keys(shape, record), files.get(name, {})
+        files[name] = (record.study | known if "graphed_p50_ms" in keys else known | record.study) | keys
     for name, content in files.items():
         write_json(folder / name, content)
     return [folder / name for name in files], left_out
@@ -68,11 +66,8 @@ def _keys(shape: str, record: Record) -> dict[str, Any]:
         arm = "graphed_p50_ms" if launch == "cuda_graph" else "eager_p50_ms"
         return {arm: record.study["p50_ms"]}
     if shape == "stack":
-        return {
-            "attn": c["attention"]["name"],
-            "compile": launch.startswith("compile"),
-            "graphs": launch == "cuda_graph",
-        }
+        compiled, graphs = launch.startswith("compile"), launch == "cuda_graph"
+        return {"attn": c["attention"]["name"], "compile": compiled, "graphs": graphs}
     if shape == "profile":
         return {key: record.metrics[key] for key in ("bw_util", "cpu_cuda_ratio") if key in record.metrics}
     return {}

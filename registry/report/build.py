@@ -13,6 +13,7 @@ from registry.report.matrix import matrix
 from registry.report.observation import pairs
 from registry.report.page import html
 from registry.report.paired import judged, paired
+from registry.report.profiles import profiles
 from registry.report.steps import steps
 from registry.report.study import study
 from registry.report.variants import variants
@@ -35,6 +36,7 @@ SECTIONS: dict[str, Maker] = {
     "matrix": lambda runs, *_: matrix(runs),
     "pairs": lambda _, found, experiment, __: paired(found, experiment),
     "variants": lambda runs, *_: variants(runs),
+    "profiles": lambda runs, *_: profiles(runs),
     "study": lambda runs, found, experiment, _: study(runs, found, experiment),
     "steps": lambda runs, *_: steps(runs),
 }

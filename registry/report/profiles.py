@@ -1,4 +1,4 @@
-"""Where a step's time goes: kernels, gaps and host, set against the step that nobody profiled: the study's section 8."""
+"""Where a step's time goes: kernels, gaps and host beside the step that nobody profiled: the study's section 8."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def profiles(observations: Sequence[Observation]) -> list[Section]:
     axes = varying([one.config for one in found])
     text = [
         "TPOT is the unprofiled median. busy is the time in which the device ran something, launch gap what of the "
-        "unprofiled step it did not; host is from a profiled step's start to the return of its last launch. bw_util is "
-        "the study's: W + K over the spec sheet's bandwidth and the unprofiled step, and over the profiled one.",
+        "unprofiled step it did not; host is from a profiled step's start to the return of its last launch. bw_util "
+        "is the study's: W + K over the spec sheet's bandwidth and the unprofiled step, and over the profiled one.",
         *(f"{named(one.config, axes)}: {doubt}" for one in found for doubt in _doubts(one)),
     ]
     headings = [*axes, *(heading for heading, *_ in FIGURES)]
