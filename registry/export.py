@@ -19,7 +19,7 @@ def export(records: Sequence[Record], shapes: Mapping[str, str | None], folder: 
 
     Args:
         records: Of any sweeps; only measured steps count.
-        shapes: Of each experiment, one of `registry.validate.STUDY_FILES`; without one its records have no file in the study.
+        shapes: Of each experiment, one of `registry.validate.STUDY_FILES`; without one its records have no file.
         folder: Where to.
 
     Returns:

@@ -1,0 +1,344 @@
+"""Named experiments: their cells, the order of sessions, what is registered beforehand, and what the sweep makes of it."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from planning import H200
+from sweeps import Start, Sweep, database
+
+from registry import record as records
+from registry import registration
+from registry.compose import Composer
+from registry.experiments import applies, blocks, matches
+from registry.outcome import BadInput
+from registry.plan import Cell, Planner
+from registry.plugins import Catalog
+from registry.report.build import SECTIONS
+from registry.schema import ClaimConfig, GpuConfig
+from registry.sessions import order
+from registry.validate import SECTIONS as ALLOWED
+from registry.validate import validate
+
+EXPERIMENTS = [name for name in Composer(Catalog()).options("experiment") if name != "none"]
+MEASURED = [name for name in EXPERIMENTS if name != "cost"]
+
+
+def jobs(composer: Composer, *overrides: str) -> list[list[str]]:
+    return composer.jobs(overrides, multirun=True)
+
+
+def planned(
+    composer: Composer, profiles: dict[str, GpuConfig], *overrides: str
+) -> tuple[list[list[str]], list[Cell]]:
+    found = jobs(composer, *overrides)
+    planner = Planner(composer.catalog, profiles, H200)
+    return found, [planner.plan(composer.cell(job)) for job in found]
+
+
+# What conf/experiment holds
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_every_experiment_is_a_sweep_of_valid_cells(composer: Composer, name: str) -> None:
+    found = jobs(composer, f"experiment={name}")
+    assert len(found) > 1
+    for job in found:
+        config = composer.cell(job)
+        validate(config)
+        assert config.experiment.name == name
+        assert config.experiment.question.endswith("?")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_figure_of_the_study_has_a_source_and_names_keys_that_exist(composer: Composer, name: str) -> None:
+    config = composer.cell([f"experiment={name}"])
+    plain = dataclasses.asdict(config)
+    for figure in [*config.experiment.study, *config.experiment.claims]:
+        assert figure.source.strip()
+        for key in figure.where:
+            node = plain
+            for part in key.split("."):
+                node = node[part]
+
+
+def test_what_a_report_may_be_made_of_is_what_there_is() -> None:
+    assert set(ALLOWED) == set(SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [("matrix", 12), ("graphs_ab", 6), ("batch4", 14), ("attention", 40), ("quant", 15), ("profile", 2)],
+)
+def test_how_many_cells(composer: Composer, name: str, cells: int) -> None:
+    assert len(jobs(composer, f"experiment={name}")) == cells
+
+
+# The command line
+
+
+def test_the_call_s_axes_take_the_place_of_the_experiment_s(composer: Composer) -> None:
+    found = jobs(composer, "experiment=matrix", "model=tiny", "protocol.context=16,32", "quant=none,nf4")
+    assert len(found) == 4
+    assert {text for job in found for text in job if "context" in text} == {
+        "protocol.context=16",
+        "protocol.context=32",
+    }
+    assert all("model=tiny" in job and "protocol=paper" in job for job in found)
+
+
+def test_cells_that_two_products_share_are_measured_once(composer: Composer) -> None:
+    """batch4's second product is at one context; told to be at the first one's batch it has nothing of its own."""
+    found = jobs(composer, "experiment=batch4", "protocol.batch_size=4")
+    assert len(found) == 8
+
+
+def test_several_experiments_in_one_call(composer: Composer) -> None:
+    found = jobs(composer, "experiment=matrix,profile", "protocol.sessions=1")
+    assert Counter(job[0] for job in found) == {"experiment=matrix": 12, "experiment=profile": 2}
+
+
+def test_no_experiment_is_a_plain_sweep(composer: Composer) -> None:
+    assert jobs(composer, "experiment=none", "quant=nf4,nf4") == [["experiment=none", "quant=nf4"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "multirun", "words"),
+    [
+        (["experiment=matrix"], False, "experiment=matrix is a sweep, add -m"),
+        (["experiment=cost"], True, "rfloor report cost"),
+        (["experiment=matrx"], True, "did you mean matrix?"),
+    ],
+)
+def test_refused_before_composing(composer: Composer, overrides: list[str], multirun: bool, words: str) -> None:
+    with pytest.raises(BadInput, match=words.replace("?", r"\?")):
+        composer.jobs(overrides, multirun)
+
+
+def test_an_arm_that_is_left_out_is_refused(composer: Composer, profiles: dict[str, GpuConfig]) -> None:
+    found, cells = planned(composer, profiles, "experiment=graphs_ab", "execution=eager")
+    with pytest.raises(
+        BadInput, match="compares execution=eager with execution=cuda_graph, and the call leaves cuda_graph"
+    ):
+        blocks(found, cells)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": "exekution"}, "arms is one of"),
+        ({"arms": "execution"}, "has a baseline and a candidate"),
+        ({"report": ["matricks"]}, "did you mean matrix"),
+        ({"study_files": "cell"}, "did you mean cells"),
+        ({"claims": [ClaimConfig("c", "below", 1.15, source="s")]}, "a claim is made of two arms"),
+        (
+            {
+                "arms": "quant",
+                "baseline": "a",
+                "candidate": "b",
+                "claims": [ClaimConfig("c", "belo", 1.15, source="s")],
+            },
+            "did you mean below",
+        ),
+    ],
+)
+def test_an_experiment_that_cannot_be_meant_is_refused(
+    composer: Composer, changes: dict[str, object], words: str
+) -> None:
+    config = composer.cell(["experiment=matrix"])
+    config.experiment = dataclasses.replace(config.experiment, **changes)
+    with pytest.raises(BadInput, match=words):
+        validate(config)
+
+
+# Blocks and sessions
+
+
+def test_arms_share_a_block(composer: Composer, profiles: dict[str, GpuConfig]) -> None:
+    numbers = blocks(*planned(composer, profiles, "experiment=graphs_ab"))
+    assert numbers == [0, 0, 1, 1, 2, 2]
+
+
+def test_cells_without_arms_have_a_block_each(composer: Composer, profiles: dict[str, GpuConfig]) -> None:
+    assert blocks(*planned(composer, profiles, "quant=none,none", "context=16,32")) == [0, 1, 2, 3]
+
+
+def test_one_session_of_uncompared_cells_keeps_their_order() -> None:
+    assert order([0, 1, 2], sessions=1, seed=5) == [(0, 0), (0, 1), (0, 2)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_session_has_every_cell_and_blocks_stay_together(seed: int) -> None:
+    numbers = [0, 0, 1, 1, 2, 2]
+    found = order(numbers, sessions=4, seed=seed)
+    assert sorted(found) == [(session, cell) for session in range(4) for cell in range(6)]
+    assert [session for session, _ in found] == sorted(session for session, _ in found)
+    blocks_met = [numbers[cell] for _, cell in found]
+    assert all(one == other for one, other in zip(blocks_met[::2], blocks_met[1::2], strict=True))
+    assert found == order(numbers, sessions=4, seed=seed)
+
+
+def test_which_arm_comes_first_is_a_fair_coin() -> None:
+    """Over many seeds and sessions each arm leads half the time, and every order of three blocks is met as often."""
+    first: Counter[int] = Counter()
+    sequences: Counter[tuple[int, ...]] = Counter()
+    for seed in range(1200):
+        found = [cell for _, cell in order([0, 0, 1, 1, 2, 2], sessions=1, seed=seed)]
+        first[found[0] % 2] += 1
+        sequences[tuple(cell // 2 for cell in found[::2])] += 1
+    assert abs(first[0] - 600) < 4 * (1200 / 4) ** 0.5
+    assert len(sequences) == 6
+    assert all(abs(count - 200) < 4 * (1200 * 5 / 36) ** 0.5 for count in sequences.values())
+
+
+# Claims
+
+
+@pytest.mark.parametrize(
+    ("gbs", "fast", "slow"), [(4800.0, True, False), (1500.0, False, False), (300.0, False, True)]
+)
+def test_which_rule_is_a_gpu_s(composer: Composer, gbs: float, fast: bool, slow: bool) -> None:
+    claims = composer.cell(["experiment=graphs_ab"]).experiment.claims
+    assert [applies(claim, gbs) for claim in claims] == [fast, slow]
+    assert not any(applies(claim, None) for claim in claims)
+
+
+def test_a_configuration_matches_by_dotted_keys() -> None:
+    config = {"model": {"name": "tiny"}, "protocol": {"context": 16}}
+    assert matches(config, {"model.name": "tiny", "protocol.context": 16})
+    assert matches(config, {})
+    assert not matches(config, {"protocol.context": 17})
+    assert not matches(config, {"model.name.first": "tiny"})
+
+
+# Registrations
+
+
+def registered(composer: Composer, profiles: dict[str, GpuConfig]) -> registration.Registration:
+    found, cells = planned(composer, profiles, "experiment=graphs_ab")
+    ordered = [(session, cells[place]) for session, place in order(blocks(found, cells), 10, 0)]
+    [one] = registration.register("20261122-101010-abcd", ordered)
+    return one
+
+
+def test_a_registration_survives_its_file(composer: Composer, profiles: dict[str, GpuConfig], tmp_path: Path) -> None:
+    one = registered(composer, profiles)
+    assert len(one.cells) == 60
+    assert one.gpus == {"h200": 4800.0}
+    assert "above 2 TB/s" in one.tags()["registration.claims"]
+    assert "below 1 TB/s" not in one.tags()["registration.claims"]
+    file = registration.write(one, tmp_path)
+    assert registration.from_json(json.loads(file.read_text())) == one
+
+
+@pytest.mark.parametrize("change", ["threshold", "cells", "time"])
+def test_a_registration_that_was_changed_later_is_refused(
+    composer: Composer, profiles: dict[str, GpuConfig], change: str
+) -> None:
+    content = json.loads(json.dumps(registered(composer, profiles).plain()))
+    if change == "threshold":
+        content["experiment"]["claims"][0]["speedup"] = 1.01
+    elif change == "cells":
+        content["cells"].pop()
+    else:
+        content["registered_at"] = "2026-01-01T00:00:00.000+00:00"
+    with pytest.raises(records.BadRecord, match="changed after it was made"):
+        registration.from_json(content)
+
+
+@pytest.mark.parametrize("content", [{}, {"schema_version": 1}, {"schema_version": 1, "kind": "experiment", "x": 1}])
+def test_what_is_no_registration_is_refused(content: dict[str, object]) -> None:
+    with pytest.raises(records.BadRecord):
+        registration.from_json(content)
+
+
+# A whole one
+
+
+@pytest.fixture(scope="module")
+def measured(start: Start) -> Sweep:
+    """Two sessions of two arms, on a profile whose bandwidth makes the test's claim apply."""
+    return start("experiment=arms", "protocol.sessions=2", "gpu.peak_bandwidth_gbs=3000").end()
+
+
+def test_every_cell_is_measured_in_every_session(measured: Sweep) -> None:
+    assert measured.code == 0, measured.stderr
+    found = measured.records()
+    assert {record["experiment"] for record in found} == {"arms"}
+    arms = [(record["session"], record["config"]["attention"]["name"]) for record in found]
+    assert sorted(arms) == [(0, "sdpa"), (0, "sdpa-math"), (1, "sdpa"), (1, "sdpa-math")]
+    assert len({record["cell_id"] for record in found}) == 2
+    assert [session for session, _ in arms] == [0, 0, 1, 1]
+    assert "within" in measured.stdout
+    assert "across" in measured.stdout
+
+
+def test_what_was_claimed_is_registered_before_the_first_arm_and_judged_after_the_last(measured: Sweep) -> None:
+    client = MlflowClient(database(measured.home))
+    experiment = client.get_experiment_by_name("rfloor")
+    assert experiment is not None
+    [sweep_id] = {record["sweep_id"] for record in measured.records()}
+    runs = client.search_runs([experiment.experiment_id], f"tags.sweep_id = '{sweep_id}'")
+    [own] = [run for run in runs if run.data.tags.get("kind") == "experiment"]
+    cells = [run for run in runs if run is not own]
+    assert len(cells) == 4
+    assert own.info.status == "FINISHED"
+    assert own.info.start_time <= min(run.info.start_time for run in cells)
+    file = measured.folder / "records" / "experiments" / f"{sweep_id}-arms.json"
+    content = json.loads(file.read_text())
+    assert own.data.tags["registration.sha256"] == content["sha256"]
+    assert {artifact.path for artifact in client.list_artifacts(own.info.run_id)} == {
+        "registration.json",
+        "report.html",
+        "report.md",
+    }
+    verdict = own.data.tags["verdict"].split(":")[0]
+    assert verdict in ("survives", "killed", "inconclusive")
+    assert f"{verdict}: the math kernel is no faster" in measured.stdout
+    assert content["sha256"][:16] in own.data.tags["verdict"]
+    assert {run.data.tags["session"] for run in cells} == {"0", "1"}
+    told = file.with_suffix("") / "report.md"
+    assert all(run.info.run_id in told.read_text() for run in cells)
+
+
+def test_a_report_out_of_mlflow_says_the_same(
+    measured: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sweeps import FAULTS
+
+    from registry import cli
+
+    [sweep_id] = {record["sweep_id"] for record in measured.records()}
+    target = tmp_path / "told"
+    uri = f"tracking.uri={database(measured.home)}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FAULTS))
+        assert cli.main(["report", "arms", f"out={target}", f"sweep={sweep_id}", uri]) == 0
+    before = measured.folder / "records" / "experiments" / f"{sweep_id}-arms" / "report.md"
+    assert (target / "report.md").read_text() == before.read_text()
+    assert "no faster" in capsys.readouterr().out
+
+
+def test_an_imported_sweep_gives_the_same_report(measured: Sweep, tmp_path: Path) -> None:
+    """Records of a machine without MLflow: everything is logged later, the registration with its time too."""
+    from sweeps import FAULTS
+
+    from registry import cli
+
+    uri = f"tracking.uri={database(tmp_path)}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FAULTS))
+        for told in (5, 0):
+            assert (
+                cli.main(["import", str(measured.folder / "records"), uri, f"tracking.artifacts={tmp_path}/a"]) == 0
+            )
+            client = MlflowClient(database(tmp_path))
+            runs = client.search_runs([client.get_experiment_by_name("rfloor").experiment_id])
+            assert len(runs) == 5, told
+        assert cli.main(["report", "arms", f"out={tmp_path / 'told'}", uri]) == 0
+    verdicts = [line for line in (tmp_path / "told" / "report.md").read_text().splitlines() if line.startswith("**")]
+    assert verdicts
+    assert all(verdict.strip("*") in measured.stdout for verdict in verdicts)
