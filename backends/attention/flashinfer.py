@@ -5,9 +5,10 @@ include/flashinfer/{page,utils}.cuh, csrc/batch_decode.cu, flashinfer/decode.py)
 
 A dynamic cache goes to `single_decode_with_kv_cache`, whose length is the tensor's. A static cache cannot: its length
 is on the device. The batch decode reads lengths there (`paged_kv_t::get_length`), but it divides a request into parts
-when it plans, on the host, and a plan for the whole cache is wrong for a shorter one: the kernel computes a part's
-rows as `min(end, kv_len) - start`, unsigned, which wraps around where a part begins behind the length. XQA and cuDNN
-want pages of 16 rows or more that lie within the cache, which has as many rows as the cell asks for.
+when it plans, on the host, and a plan for the whole cache is wrong for a shorter one: the kernel on CUDA cores
+computes a part's rows as `min(end, kv_len) - start`, unsigned, which wraps around where a part begins behind the
+length. XQA, which reads its lengths on the device too, wants pages of 16 rows at least that lie within the cache, and
+a cache has as many rows as the cell asks for.
 
 So here the parts are requests. The stream's rows are cut into chunks of a fixed size, and each chunk is a request of
 the same query, too small for FlashInfer to divide: planned as one row, it gets one block a key head, and the block
