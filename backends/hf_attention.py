@@ -58,7 +58,9 @@ def install(setup: Setup, capacity: int) -> Installed:
     a, kernel = setup.architecture, setup.attention
     installed = Installed(f"{NAME}-{id(kernel):x}")
     kernel.plan(
-        AttentionShape(setup.batch_size, a.q_heads, a.kv_heads, a.head_dim, capacity, setup.dtype, setup.device)
+        AttentionShape(
+            setup.batch_size, a.q_heads, a.kv_heads, a.head_dim, capacity, setup.dtype, setup.device, setup.cache
+        )
     )
 
     def forward(

@@ -230,6 +230,7 @@ class AttentionShape:
         capacity: Rows of the cache.
         dtype: A torch dtype.
         device: A torch device string.
+        cache: `dynamic` or `static`: which of the two kinds of call to prepare for.
     """
 
     batch_size: int
@@ -239,6 +240,7 @@ class AttentionShape:
     capacity: int
     dtype: Any
     device: str
+    cache: str = "static"
 
 
 class AttentionKernel(Plugin):

@@ -33,6 +33,7 @@ KERNELS = {
     "TORCH_EXTENSIONS_DIR": "torch_extensions",
     "GPTQMODEL_TORCH_EXTENSIONS_DIR": "gptqmodel",
     "TRITON_CACHE_DIR": "triton",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",  # its own folders are below, by version and architecture
 }
 """Environment variables by which runtimes are told where to keep what they compile -> folder in the cache."""
 

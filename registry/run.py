@@ -184,6 +184,8 @@ def _environment(cell: Cell) -> dict[str, str]:
         | dict(os.environ)
         | FORCED_ENVIRONMENT
     )
+    beside = str(Path(_interpreter(cell)).parent)  # where pip puts ninja, by which kernels are compiled
+    found["PATH"] = os.pathsep.join(filter(None, [beside, found.get("PATH")]))
     return found | {"PYTHONPATH": str(ROOT)} if cell.environment else found  # of ours its interpreter sees the code
 
 

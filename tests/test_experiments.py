@@ -1,4 +1,4 @@
-"""Named experiments: their cells, the order of sessions, what is registered beforehand, and what the sweep makes of it."""
+"""Named experiments: their cells, the order of sessions, what is registered beforehand, what the sweep makes of it."""
 
 import dataclasses
 import json
@@ -22,6 +22,8 @@ from registry.schema import ClaimConfig, GpuConfig
 from registry.sessions import order
 from registry.validate import SECTIONS as ALLOWED
 from registry.validate import validate
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
 
 EXPERIMENTS = [name for name in Composer(Catalog()).options("experiment") if name != "none"]
 MEASURED = [name for name in EXPERIMENTS if name != "cost"]

@@ -73,7 +73,7 @@ class AttentionKernelContract(Contract):
             execution=execution,
         )
         shape = AttentionShape(
-            batch_size, q_heads, self.kv_heads, head_dim, self.capacity, self.torch_dtype(), device
+            batch_size, q_heads, self.kv_heads, head_dim, self.capacity, self.torch_dtype(), device, cache
         )
         if cache not in self.plugin.caches:
             return None
@@ -113,7 +113,7 @@ class AttentionKernelContract(Contract):
                 what = f"{what}: the output is not the attention over the valid rows"
                 assert_close(out, call.reference(), what, self.cosine, self.relative_error)
         if not served:
-            pytest.skip(f"{self.plugin.__name__} refuses the {cache} cache")
+            pytest.skip(f"{self.plugin.__name__} refuses the {cache} cache at batch {batch_size}")
 
     @pytest.mark.parametrize("cache", CACHES)
     def test_decode_leaves_everything_as_it_was(self, cache: str) -> None:
