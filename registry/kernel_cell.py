@@ -62,7 +62,8 @@ def measure_kernel(
 
     a, rows = architecture, protocol.context + 1
     stage("load")
-    kernel.plan(AttentionShape(protocol.batch_size, a.q_heads, a.kv_heads, a.head_dim, rows, torch.bfloat16, device))
+    heads = a.q_heads, a.kv_heads, a.head_dim
+    kernel.plan(AttentionShape(protocol.batch_size, *heads, rows, torch.bfloat16, device, "dynamic"))
     q, caches = _tensors(architecture, protocol, rows, device)
     scale = 1 / math.sqrt(a.head_dim)
 

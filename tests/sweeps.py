@@ -44,7 +44,8 @@ class Sweep:
 
     def records(self) -> list[dict[str, Any]]:
         """Every record, in the order of the cells."""
-        found = [json.loads(file.read_text()) for file in self.folder.glob("records/*/*.json")]
+        files = self.folder.glob("records/*/*.json")
+        found = [json.loads(file.read_text()) for file in files if file.parent.name != "experiments"]
         return sorted(found, key=lambda record: record["index"])
 
     def record(self, backend: str, execution: str = "eager") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Named experiments: their cells, the order of sessions, what is registered beforehand, what the sweep makes of it."""
+"""Named experiments: their cells, the order of sessions, what is registered beforehand, and a whole one."""
 
 import dataclasses
 import json

@@ -1,0 +1,329 @@
+"""Reports out of made-up runs, whose every figure is known."""
+
+import dataclasses
+import html.parser
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_record import made_up_record
+
+from registry import registration
+from registry.compose import Composer
+from registry.export import export
+from registry.outcome import Outcome
+from registry.plan import Cell
+from registry.report.build import build, write
+from registry.report.document import Report, Row, Section, Table, markdown
+from registry.report.observation import Observation, cells, pairs
+from registry.report.page import html as page
+from registry.report.paired import judged
+from registry.schema import ExperimentConfig, what_is_measured
+
+EAGER = (14.0, 15.0, 14.5)
+GRAPHED = (11.0, 12.0, 11.6)
+
+
+def run(cell: Cell, number: int, tpot: float = 10.0, **changes: Any) -> Observation:
+    """A run whose three steps have the median `tpot`."""
+    record = made_up_record(cell, record_id=f"record{number}", started_at=f"2026-07-01T10:{number:02}:00+00:00")
+    record.config = what_is_measured(cell.config)
+    record.metrics = record.metrics | {
+        "median_tpot_ms": tpot,
+        "revisit_median_tpot_ms": tpot / 2,
+        "r_floor": 5 / tpot,
+    }
+    record.step_times_ms = [tpot * 0.9, tpot, tpot * 1.1]
+    record.study = record.study | {"p50_ms": tpot}
+    return Observation(dataclasses.replace(record, **changes), f"run{number:02}")
+
+
+@pytest.fixture(scope="module")
+def experiment(composer: Composer) -> ExperimentConfig:
+    return composer.cell(["experiment=graphs_ab"]).experiment
+
+
+@pytest.fixture(scope="module")
+def arm(composer: Composer, profiles: dict[str, Any]) -> Any:
+    """A cell on the H200's profile."""
+
+    def arm(*overrides: str) -> Cell:
+        from planning import H200
+
+        from registry.plan import Planner
+        from registry.plugins import Catalog
+
+        return Planner(Catalog(), profiles, H200).plan(
+            composer.cell(["model=tiny", "gpu=h200", "context=2048", *overrides])
+        )
+
+    return arm
+
+
+@pytest.fixture(scope="module")
+def sessions(arm: Any) -> list[Observation]:
+    """Three sessions of both arms, in another order each time."""
+    eager, graphed = arm("execution.cache=static"), arm("execution=cuda_graph")
+    found = []
+    for session, times in enumerate(zip(EAGER, GRAPHED, strict=True)):
+        both = [(eager, times[0]), (graphed, times[1])]
+        for cell, tpot in both if session % 2 else both[::-1]:
+            found.append(run(cell, len(found), tpot, session=session, experiment="graphs_ab"))
+    return found
+
+
+def fixed(experiment: ExperimentConfig, **changes: Any) -> registration.Registration:
+    given: dict[str, Any] = {
+        "record_id": "s-graphs_ab",
+        "sweep_id": "20260701-101010-abcd",
+        "experiment": experiment,
+        "gpus": {"h200": 4800.0},
+        "sessions": 3,
+        "seed": 0,
+        "cells": [],
+        "registered_at": "2026-07-01T09:00:00.000+00:00",
+    }
+    one = registration.Registration(**(given | changes))
+    one.sha256 = one.digest()
+    return one
+
+
+# Cells and pairs
+
+
+def test_sessions_of_a_cell_are_one_cell(sessions: list[Observation]) -> None:
+    found = cells(sessions)
+    assert sorted(len(one.observations) for one in found) == [3, 3]
+    eager = next(one for one in found if one.config["execution"]["name"] == "eager")
+    assert eager.median("median_tpot_ms") == 14.5
+    assert eager.spread.within == pytest.approx(0.1)
+    assert eager.spread.across == pytest.approx(statistics.stdev(EAGER) / statistics.mean(EAGER))
+
+
+def test_arms_are_paired_by_session_whatever_their_order(
+    sessions: list[Observation], experiment: ExperimentConfig
+) -> None:
+    [pair] = pairs(sessions[::-1], experiment)
+    assert pair.comparison.ratios == pytest.approx([e / g for e, g in zip(EAGER, GRAPHED, strict=True)])
+    assert pair.difference_ms == pytest.approx(statistics.mean(EAGER) - statistics.mean(GRAPHED))
+
+
+def test_a_session_of_another_sweep_is_a_session_of_its_own(
+    sessions: list[Observation], experiment: ExperimentConfig
+) -> None:
+    again = [
+        Observation(
+            dataclasses.replace(o.record, sweep_id="another", record_id=f"{o.record.record_id}b"), f"{o.run_id}b"
+        )
+        for o in sessions
+    ]
+    [pair] = pairs([*sessions, *again], experiment)
+    assert len(pair.comparison.ratios) == 6
+
+
+def test_a_session_that_lacks_an_arm_is_left_out(sessions: list[Observation], experiment: ExperimentConfig) -> None:
+    lost = dataclasses.replace(sessions[0].record, outcome=Outcome.OOM, metrics={}, step_times_ms=[])
+    [pair] = pairs([Observation(lost, "x"), *sessions[1:]], experiment)
+    assert len(pair.comparison.ratios) == 2
+
+
+def test_cells_of_other_devices_are_other_cells(sessions: list[Observation], experiment: ExperimentConfig) -> None:
+    record = sessions[0].record
+    elsewhere = dataclasses.replace(record, environment=record.environment | {"device": {"name": "NVIDIA L4 too"}})
+    assert len(cells([*sessions, Observation(elsewhere)])) == 3
+    assert len(pairs([*sessions[1:], Observation(elsewhere)], experiment)[0].comparison.ratios) == 2
+
+
+# Verdicts
+
+
+def verdicts(
+    sessions: list[Observation], experiment: ExperimentConfig, *found: registration.Registration
+) -> list[str]:
+    return build(experiment, sessions, found).verdicts
+
+
+def test_the_registered_threshold_decides_and_not_today_s(
+    sessions: list[Observation], experiment: ExperimentConfig
+) -> None:
+    lenient = dataclasses.replace(
+        experiment, claims=[dataclasses.replace(claim, speedup=9.0) for claim in experiment.claims]
+    )
+    assert verdicts(sessions, lenient, fixed(experiment))[0].startswith("survives: launch overhead")
+    assert verdicts(sessions, experiment, fixed(lenient))[0].startswith("killed: launch overhead")
+
+
+def test_of_two_registrations_the_first_stands(sessions: list[Observation], experiment: ExperimentConfig) -> None:
+    other = dataclasses.replace(experiment, claims=[dataclasses.replace(experiment.claims[0], speedup=9.0)])
+    found = verdicts(
+        sessions, experiment, fixed(other, registered_at="2026-07-02T09:00:00.000+00:00"), fixed(experiment)
+    )
+    assert found[0].startswith("survives")
+    assert "registered with different thresholds" in found[1]
+
+
+def test_without_a_registration_there_is_no_verdict(
+    sessions: list[Observation], experiment: ExperimentConfig
+) -> None:
+    assert verdicts(sessions, experiment) == [
+        "no verdict: no registration of thresholds from before these runs was found"
+    ]
+
+
+def test_a_claim_is_of_its_cells_alone(arm: Any, experiment: ExperimentConfig) -> None:
+    """At another context, and on a GPU between the two rules, nothing was claimed."""
+    for overrides in (["context=1024"], ["gpu.peak_bandwidth_gbs=1500"]):
+        both = [arm("execution.cache=static", *overrides), arm("execution=cuda_graph", *overrides)]
+        found = [run(cell, place, 10.0 + place) for place, cell in enumerate(both)]
+        assert judged(pairs(found, experiment), experiment) == []
+        assert verdicts(found, experiment, fixed(experiment)) == [
+            "no verdict: no threshold was registered for this GPU and these cells"
+        ]
+
+
+# What is told
+
+
+def test_every_figure_is_traced_to_its_run(sessions: list[Observation], experiment: ExperimentConfig) -> None:
+    told = markdown(build(experiment, sessions, [fixed(experiment)]))
+    assert re.search(r"\| h200, tiny, ctx 2048, batch 1 \| 3 \| 14\.500 \| 10\.00% \| 3\.45% \| 11\.533", told)
+    for number, one in enumerate(sessions):
+        assert re.search(rf"^\| \d+ \| run{number:02} \| record{number} \| ok \|", told, re.MULTILINE), one
+    [row] = re.findall(
+        r"^\| h200, tiny, ctx 2048, batch 1 \| 0 \| 14\.000 \| 11\.000 \| 1\.2727 \| (.*) \|$", told, re.MULTILINE
+    )
+    runs = dict(re.findall(r"^\| (\d+) \| (run\d\d) \|", told, re.MULTILINE))
+    assert {runs[number] for number in row.split(", ")} == {"run00", "run01"}
+
+
+def test_a_gpu_that_the_study_did_not_have(sessions: list[Observation], experiment: ExperimentConfig) -> None:
+    told = markdown(build(experiment, sessions))
+    assert "The study did not have h200" in told
+    assert re.search(r"^\| h100 \| context=2048 \| speedup \| .* \| 1\.259 \|  \|  \|", told, re.MULTILINE)
+
+
+def test_the_study_s_gpu_has_both_figures_and_their_ratio(arm: Any, experiment: ExperimentConfig) -> None:
+    from registry.report.study import study
+
+    cell = arm("execution.cache=static")
+    cell.config.gpu.name = "h100"
+    [section] = study([run(cell, 0, 14.83 * 2)], [], experiment)
+    [row] = [
+        row
+        for row in section.tables[0].rows
+        if row.cells[2] == "median_tpot_ms" and row.cells[0] == "h100" and row.runs
+    ]
+    assert list(row.cells[-3:]) == ["14.83", "29.660", "2.000"]
+
+
+class Addresses(html.parser.HTMLParser):
+    """Where a page would load something from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = dict(attributes)
+        self.found += [given[name] or "" for name in ("src", "data") if name in given]
+        if tag == "link":
+            self.found.append(given.get("href") or "")
+        if tag == "a":
+            self.links.append(given["href"] or "")
+        if "id" in given:
+            self.ids.append(given["id"] or "")
+
+
+def test_a_page_needs_nothing_else(sessions: list[Observation], experiment: ExperimentConfig, tmp_path: Path) -> None:
+    files = write(build(experiment, sessions, [fixed(experiment)]), tmp_path / "told")
+    assert [file.name for file in files] == ["report.html", "report.md"]
+    text = files[0].read_text(encoding="utf-8")
+    seen = Addresses()
+    seen.feed(text)
+    assert seen.found == []
+    assert text.count("Plotly.newPlot(") >= 2
+    assert seen.links
+    assert {link.removeprefix("#") for link in seen.links} <= set(seen.ids)
+
+
+def test_a_page_shows_what_it_is_given_as_text(sessions: list[Observation]) -> None:
+    nasty = "<script>alert(1)</script>|x"
+    table = Table(["a", nasty], [Row([nasty, "1"], sessions[:1])])
+    report = Report(nasty, nasty, [nasty], [Section(nasty, [nasty], [table])], [nasty])
+    assert "<script>alert" not in page(report)
+    assert "\\|x | 1 |" in markdown(report)
+
+
+@pytest.mark.parametrize("name", ["matrix", "batch4", "quant", "stack", "attention", "profile", "cost"])
+def test_every_experiment_reports_on_runs_of_any_outcome(
+    composer: Composer, arm: Any, name: str, tmp_path: Path
+) -> None:
+    """One good cell, one without a figure: no section stumbles over either."""
+    told = composer.cell([f"experiment={name}"]).experiment
+    good = run(arm(), 0, 20.0, experiment=name)
+    refused = run(
+        arm("quant=nf4"),
+        1,
+        experiment=name,
+        outcome=Outcome.UNSUPPORTED,
+        reason="no such kernel",
+        metrics={},
+        step_times_ms=[],
+    )
+    text = write(build(told, [good, refused]), tmp_path)[1].read_text()
+    assert "20.0" in text or name in ("attention", "profile", "batch4")
+
+
+def test_the_cheapest_lever_of_each_gpu(arm: Any, composer: Composer) -> None:
+    told = composer.cell(["experiment=cost"]).experiment
+    found = [run(arm(), 0, 20.0), run(arm("execution=cuda_graph"), 1, 10.0)]
+    text = markdown(build(told, found, prices={"h200": 3.6}))
+    # 3.6 $/h and 10 ms a token: 0.001 $/s, 100 tokens a second, 10 $ a million.
+    assert re.search(
+        r"\| tiny \| 2048 \| 1 \| h200 \|.* cuda_graph .*\| 3\.60 \| 10\.00 \| 10\.00 \| 1\.00 \| 1 \|", text
+    )
+
+
+# The study's own files
+
+
+def exported(tmp_path: Path, shape: str, *found: Observation) -> dict[str, dict[str, Any]]:
+    records = [dataclasses.replace(one.record, experiment="x") for one in found]
+    files, left_out = export(records, {"x": shape}, tmp_path / "study")
+    assert left_out == 0
+    return {file.name: json.loads(file.read_text()) for file in files}
+
+
+def test_both_arms_of_a_session_are_one_file(sessions: list[Observation], tmp_path: Path) -> None:
+    found = exported(tmp_path, "pairs", *sessions)
+    assert sorted(found) == [f"cudagraphs_h200_tiny_ctx2048_s{n}.json" for n in range(3)]
+    first = found["cudagraphs_h200_tiny_ctx2048_s0.json"]
+    assert (first["eager_p50_ms"], first["graphed_p50_ms"], first["p50_ms"]) == (14.0, 11.0, 14.0)
+    assert {"arch", "t_floor_ms", "R_floor", "bw_peak_gbs"} <= set(first)
+
+
+def test_a_plain_cell_has_the_study_s_name_and_keys(arm: Any, tmp_path: Path) -> None:
+    found = exported(tmp_path, "cells", run(arm(), 0))
+    assert list(found) == ["tiny_h200_ctx2048.json"]
+
+
+def test_a_stack_s_flags(arm: Any, tmp_path: Path) -> None:
+    found = exported(tmp_path, "stack", run(arm("execution=cuda_graph"), 0))
+    [content] = found.values()
+    assert (content["attn"], content["compile"], content["graphs"]) == ("sdpa", False, True)
+
+
+def test_a_profile_s_keys(arm: Any, tmp_path: Path) -> None:
+    one = run(arm(), 0)
+    one.record.metrics |= {"bw_util": 0.25, "cpu_cuda_ratio": 0.75}
+    [content] = exported(tmp_path, "profile", one).values()
+    assert (content["bw_util"], content["cpu_cuda_ratio"]) == (0.25, 0.75)
+
+
+def test_records_of_no_experiment_have_no_file(arm: Any, tmp_path: Path) -> None:
+    assert export([run(arm(), 0).record], {"matrix": "cells"}, tmp_path / "study") == ([], 1)
