@@ -16,7 +16,6 @@ from registry.architecture import Architecture
 from registry.kernel_cell import CACHES, measure_kernel
 from registry.outcome import BadInput, Outcome, Refused
 from registry.schema import ProtocolConfig
-from registry.testing.contract import gpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
 
@@ -95,7 +94,8 @@ def test_a_kernel_that_is_wrong_is_not_timed(architecture: Architecture, how: st
     assert caught.value.refusal.outcome is Outcome.INCORRECT
 
 
-@gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_graph_holds_a_call_for_each_cache(architecture: Architecture) -> None:
     shape = replace(architecture, q_heads=8, kv_heads=2, head_dim=128)
     kernel = Watched(SdpaOptions())
@@ -114,7 +114,8 @@ class Waits(Sdpa):
         return super().decode(q, k, v, **keywords)
 
 
-@gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_call_that_needs_the_host_cannot_be_captured(architecture: Architecture) -> None:
     with pytest.raises(Refused, match="cannot be captured"):
         measured(Waits(SdpaOptions()), architecture, "cuda_graph")
