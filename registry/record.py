@@ -125,7 +125,8 @@ LATER: dict[str, type | tuple[type, ...]] = {
     "event_call_times_us": (list, type(None)),
 }
 """What records have had since there are experiments; those before are of steps, for none, and of one session."""
-KINDS = ("step", "attention")
+TIMED = {"step": "step_times_ms", "attention": "call_times_us"}
+"""What each kind of record has when its outcome is ok."""
 
 
 def read(file: Path) -> Record:
@@ -174,8 +175,9 @@ def from_plain(content: Any) -> Record:
         raise BadRecord(f"an outcome is one of {', '.join(Outcome)}, not {content['outcome']!r}")
     if not _is_time(content["started_at"]):
         raise BadRecord(f"started_at is no ISO 8601 time with a zone: {content['started_at']!r}")
-    if content.get("kind", KINDS[0]) not in KINDS:
-        raise BadRecord(f"a record's kind is one of {', '.join(KINDS)}, not {content['kind']!r}")
+    kind_of = content.get("kind", "step")
+    if kind_of not in TIMED:
+        raise BadRecord(f"a record's kind is one of {', '.join(TIMED)}, not {kind_of!r}")
     series = ("step_times_ms", "event_times_ms", "call_times_us", "event_call_times_us")
     times = [time for name in series for time in content.get(name) or []]
     if not all(_is_number(v) for v in [content["wall_s"], *times, *content["metrics"].values()]):
@@ -185,8 +187,8 @@ def from_plain(content: Any) -> Record:
     for name in ("device", "versions", "git"):
         if not isinstance(content["environment"].get(name, {}), dict):
             raise BadRecord(f"environment.{name} is a {type(content['environment'][name]).__name__}")
-    if content["outcome"] == Outcome.OK and not times:
-        raise BadRecord("the outcome is ok and there are no times")
+    if content["outcome"] == Outcome.OK and not content.get(TIMED[kind_of]):
+        raise BadRecord(f"the outcome is ok and there are no {TIMED[kind_of]}")
     known = {f.name for f in fields(Record)} - {"study"}
     values = {name: value for name, value in content.items() if name in known}
     values["outcome"] = Outcome(values["outcome"])

@@ -220,7 +220,7 @@ def test_another_schema_version_is_refused(tmp_path: Path, version: object) -> N
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "outcome": ({"outcome": "fine"}, "an outcome is one of ok, oom, unsupported"),
-    "no_steps": ({"step_times_ms": []}, "the outcome is ok and there are no times"),
+    "no_steps": ({"step_times_ms": []}, "the outcome is ok and there are no step_times_ms"),
     "step_text": ({"step_times_ms": [1, "2"]}, "a time or a metric is no finite number"),
     "step_bool": ({"step_times_ms": [1, True]}, "a time or a metric is no finite number"),
     "step_huge": ({"step_times_ms": [1, 10**400]}, "a time or a metric is no finite number"),
@@ -236,6 +236,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "versions": ({"environment": {"versions": None}}, "environment.versions is a NoneType"),
     "git": ({"environment": {"git": []}}, "environment.git is a list"),
     "kind": ({"kind": "prefill"}, "a record's kind is one of step, attention, not 'prefill'"),
+    "no_calls": ({"kind": "attention"}, "the outcome is ok and there are no call_times_us"),
     "call_time": ({"call_times_us": ["8.4"]}, "a time or a metric is no finite number"),
 }
 
