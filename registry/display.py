@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from registry.report.document import Report
 
 AXES = tuple(group for group in GROUPS if group not in ("protocol", "experiment", "tracking"))
+PLAIN = ("auto", "hf", "none", "sdpa", "eager")
+"""The choices that a sweep starts from."""
 PIPE_WIDTH = 160  # where nobody has a window, nothing is folded
 NARROW = 100
 STYLES = {Outcome.OK: "green", Outcome.OOM: "yellow", Outcome.UNSUPPORTED: "yellow"}
@@ -52,7 +54,9 @@ SPREADS = (("within",), ("across",))
 def console(stderr: bool = False) -> Console:
     """A console as wide as its window, or wide enough when its output goes to a file."""
     made = Console(stderr=stderr)
-    return made if made.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
+    return made if made.is_terminal else Console(stderr=stderr, width=PLAIN = ("auto", "hf", "none", "sdpa", "eager")
+"""The choices that a sweep starts from."""
+PIPE_WIDTH)
 
 
 LONG = ("build ", "synthesize ")
@@ -154,7 +158,8 @@ def _by_cell(records: Sequence[Record]) -> list[list[Record]]:
         place = record.cell_id, record.session
         groups.setdefault((record.cell_id, met[place]), []).append(record)
         met[place] += 1
-    return [*groups.values()]
+    found = [*groups.values()]
+    return sorted(found, key=lambda sessions: place_of(sessions[0].config)) if len(found) < len(records) else found
 
 
 def _outcomes(sessions: Sequence[Record]) -> str:
@@ -265,6 +270,14 @@ def _table(cells: Sequence[Mapping[str, str]]) -> tuple[Table, list[str]]:
     for axis in axes:
         table.add_column(axis, no_wrap=True)
     return table, axes
+
+
+def place_of(config: Mapping[str, object]) -> list[tuple[bool, float, str]]:
+    """What cells are sorted by that were measured in random order: plain choices first, numbers by size."""
+    told = axes_of(config).values()
+    return [
+        (value not in PLAIN, float(value) if value.isdecimal() else 0.0, value) for value in told
+    ]
 
 
 def axes_of(config: Mapping[str, object]) -> dict[str, str]:

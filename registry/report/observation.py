@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from registry import stats
+from registry.display import place_of
 from registry.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -122,12 +123,12 @@ class Pair:
 
 
 def cells(observations: Sequence[Observation]) -> list[Measured]:
-    """The runs of each cell together, in the order of the first one's place in its sweep."""
+    """The runs of each cell together; within a cell in the order in which they began."""
     groups: dict[str, list[Observation]] = {}
     for one in sorted(observations, key=lambda o: o.record.started_at):
         device = one.record.environment.get("device", {}).get("name", "")
         groups.setdefault(json.dumps([one.record.config, device], sort_keys=True), []).append(one)
-    return [Measured(tuple(group)) for group in groups.values()]
+    return sorted((Measured(tuple(group)) for group in groups.values()), key=lambda one: place_of(one.config))
 
 
 def pairs(observations: Sequence[Observation], experiment: ExperimentConfig, seed: int = 0) -> list[Pair]:

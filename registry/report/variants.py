@@ -51,7 +51,7 @@ def variants(observations: Sequence[Observation]) -> list[Section]:
         f"({', '.join(f'{axis}={name}' for axis, name in PLAIN.items() if axis != 'execution')}). again walks the "
         "same positions a second time: what it is faster by was paid once a cache length.",
     )
-    sections = [Section("Step times", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(found, axes))]
+    sections = [Section("Cells", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(found, axes))]
     if refused.rows:
         sections.append(Section("Not measured", (), [refused]))
     return [
