@@ -54,9 +54,7 @@ SPREADS = (("within",), ("across",))
 def console(stderr: bool = False) -> Console:
     """A console as wide as its window, or wide enough when its output goes to a file."""
     made = Console(stderr=stderr)
-    return made if made.is_terminal else Console(stderr=stderr, width=PLAIN = ("auto", "hf", "none", "sdpa", "eager")
-"""The choices that a sweep starts from."""
-PIPE_WIDTH)
+    return made if made.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
 
 
 LONG = ("build ", "synthesize ")
@@ -275,9 +273,7 @@ def _table(cells: Sequence[Mapping[str, str]]) -> tuple[Table, list[str]]:
 def place_of(config: Mapping[str, object]) -> list[tuple[bool, float, str]]:
     """What cells are sorted by that were measured in random order: plain choices first, numbers by size."""
     told = axes_of(config).values()
-    return [
-        (value not in PLAIN, float(value) if value.isdecimal() else 0.0, value) for value in told
-    ]
+    return [(value not in PLAIN, float(value) if value.isdecimal() else 0.0, value) for value in told]
 
 
 def axes_of(config: Mapping[str, object]) -> dict[str, str]:

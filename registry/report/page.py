@@ -18,7 +18,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bot
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
 th, td { padding: .25rem .55rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }
-th { border-bottom: 2px solid #999; } .text { text-align: left; } td.text:first-child { white-space: nowrap; } td { font-variant-numeric: tabular-nums; }
+th { border-bottom: 2px solid #999; } .text { text-align: left; }
+td.text:first-child { white-space: nowrap; } td { font-variant-numeric: tabular-nums; }
 a { color: #3465a4; text-decoration: none; } code { font-size: .85em; }
 """
 
