@@ -5,6 +5,7 @@ import html.parser
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,15 @@ def test_a_page_needs_nothing_else(sessions: list[Observation], experiment: Expe
     assert text.count("Plotly.newPlot(") >= 2
     assert seen.links
     assert {link.removeprefix("#") for link in seen.links} <= set(seen.ids)
+
+
+def test_a_machine_without_plotly_writes_the_tables(
+    sessions: list[Observation], experiment: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    [file] = write(build(experiment, sessions), tmp_path)
+    assert "no page was drawn here" in file.read_text()
+    assert "| h200, tiny, ctx 2048, batch 1 | 3 |" in file.read_text()
 
 
 def test_a_page_shows_what_it_is_given_as_text(sessions: list[Observation]) -> None:

@@ -41,7 +41,7 @@ SECTIONS: dict[str, Maker] = {
     "steps": lambda runs, *_: steps(runs),
 }
 """What an experiment's `report` may name."""
-NAMES = ("report.html", "report.md")
+PAGE, MARKDOWN = "report.html", "report.md"
 
 
 def build(
@@ -83,9 +83,17 @@ def _verdicts(
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Write the page and the Markdown and return both files."""
+    """Write the Markdown and the page and return their files; what keeps the page from being drawn is told in both.
+
+    A machine that only measures may lack Plotly; its records are reported on elsewhere.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / name for name in NAMES]
-    for file, text in zip(files, (html(report), markdown(report)), strict=True):
-        file.write_text(text, encoding="utf-8")
-    return files
+    texts = {}
+    try:
+        texts[PAGE] = html(report)
+    except ImportError as error:
+        report.facts.append(f"no page was drawn here: {error}; pip install plotly, then rfloor report {report.title}")
+    texts[MARKDOWN] = markdown(report)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
