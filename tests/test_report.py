@@ -104,6 +104,12 @@ def test_sessions_of_a_cell_are_one_cell(sessions: list[Observation]) -> None:
     assert eager.spread.across == pytest.approx(statistics.stdev(EAGER) / statistics.mean(EAGER))
 
 
+def test_what_a_cell_may_take_makes_it_no_other_cell(arm: Any) -> None:
+    found = [run(arm(), 0), run(arm("protocol.timeout_s=99", "protocol.profiled_steps=3"), 1)]
+    assert len(cells(found)) == 1
+    assert len(cells([*found, run(arm("protocol.seed=5"), 2)])) == 2
+
+
 def test_arms_are_paired_by_session_whatever_their_order(
     sessions: list[Observation], experiment: ExperimentConfig
 ) -> None:

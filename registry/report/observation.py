@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from registry.schema import ExperimentConfig
 
 TPOT = "median_tpot_ms"
+NOT_MEASURED = ("timeout_s", "profiled_steps")
+"""Keys of the protocol that no step time depends on."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,7 @@ def cells(observations: Sequence[Observation]) -> list[Measured]:
     """The runs of each cell together; within a cell in the order in which they began."""
     groups: dict[str, list[Observation]] = {}
     for one in sorted(observations, key=lambda o: o.record.started_at):
-        device = one.record.environment.get("device", {}).get("name", "")
-        groups.setdefault(json.dumps([one.record.config, device], sort_keys=True), []).append(one)
+        groups.setdefault(_identity(one), []).append(one)
     return sorted((Measured(tuple(group)) for group in groups.values()), key=lambda one: place_of(one.config))
 
 
@@ -146,10 +147,8 @@ def pairs(observations: Sequence[Observation], experiment: ExperimentConfig, see
     for one in observations:
         if one.record.outcome is not Outcome.OK:
             continue
-        config = dict(one.record.config)
-        arm = config.pop(group)["name"]
-        device = one.record.environment.get("device", {}).get("name", "")
-        block = blocks.setdefault(json.dumps([config, device], sort_keys=True), {})
+        arm = one.record.config[group]["name"]
+        block = blocks.setdefault(_identity(one, without=group), {})
         block.setdefault((one.record.sweep_id, one.record.session), {})[arm] = one
     found = []
     for sessions in blocks.values():
@@ -163,6 +162,14 @@ def pairs(observations: Sequence[Observation], experiment: ExperimentConfig, see
             ratio = stats.compare(baseline.values(TPOT), candidate.values(TPOT), seed)
             found.append(Pair(baseline, candidate, ratio))
     return sorted(found, key=lambda pair: _place(pair.config))
+
+
+def _identity(one: Observation, without: str = "") -> str:
+    """What two runs have in common that are sessions of one cell, whatever they were allowed to take."""
+    config = {group: part for group, part in one.record.config.items() if group != without}
+    config["protocol"] = {key: value for key, value in config["protocol"].items() if key not in NOT_MEASURED}
+    device = one.record.environment.get("device", {}).get("name", "")
+    return json.dumps([config, device], sort_keys=True)
 
 
 def _place(config: dict[str, Any]) -> tuple[Any, ...]:

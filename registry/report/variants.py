@@ -75,7 +75,9 @@ def _row(one: Measured, axes: Sequence[str], found: Sequence[Measured]) -> Row:
 
 def _is_plain(other: Measured, one: Measured) -> bool:
     mine, theirs = one.config, other.config
-    if (other.device, theirs["model"], theirs["protocol"]) != (one.device, mine["model"], mine["protocol"]):
+    if (other.device, theirs["model"]) != (one.device, mine["model"]):
+        return False
+    if any(theirs["protocol"][key] != mine["protocol"][key] for key in ("context", "batch_size")):
         return False
     same = theirs["execution"]["name"] == mine["execution"]["name"]
     return same and all(theirs[axis]["name"] == name for axis, name in PLAIN.items() if axis != "execution")
