@@ -239,7 +239,9 @@ def plan_notes(cells: Sequence[Cell]) -> list[str]:
     for row, cell in enumerate(cells, start=1):
         if cell.refusal:
             rows.setdefault(f"{cell.refusal.outcome.value}: {cell.refusal}", []).append(row)
-    return [f"{_numbers(found)} {text}" for text, found in rows.items()]
+    told = [f"{_numbers(found)} {text}" for text, found in rows.items()]
+    sessions = cells[0].config.protocol.sessions
+    return [*told, *([f"Each cell is measured in {sessions} sessions"] if sessions > 1 else [])]
 
 
 def _numbers(rows: Sequence[int]) -> str:

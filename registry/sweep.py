@@ -66,10 +66,12 @@ class Sweep:
     """One call's cells.
 
     Attributes:
+        cells: As they were typed.
         jobs: In the order in which they run.
         sweep_id: Ties the runs together.
     """
 
+    cells: list[Cell]
     jobs: list[Job]
     sweep_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")
 
@@ -111,8 +113,8 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     except BadInput as error:
         print(f"rfloor: {redact(str(error))}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    if any(job.cell.config.dry_run for job in _sweep.jobs):
-        tell_plan([job.cell for job in _sweep.jobs if job.session == 0])
+    if any(cell.config.dry_run for cell in _sweep.cells):
+        tell_plan(_sweep.cells)
         sys.exit(0)
     kept_back = composer.cell_overrides(args.overrides)
     return [argument for argument in arguments if argument not in kept_back]
@@ -188,7 +190,7 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
         raise BadInput("\n        ".join(f"{p} (in: {where})" if many else p for p, where in problems.items()))
     protocol = cells[0].config.protocol
     ordered = order(blocks(jobs, cells), protocol.sessions, protocol.seed)
-    return Sweep([Job(jobs[place], cells[place], session) for session, place in ordered])
+    return Sweep(cells, [Job(jobs[place], cells[place], session) for session, place in ordered])
 
 
 @cache
@@ -245,7 +247,7 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         config=composed,
     )
     jobs = [[*job.overrides, f"sweep_id={sweep.sweep_id}", f"session={job.session}"] for job in sweep.jobs]
-    config = sweep.jobs[0].cell.config
+    config = sweep.cells[0].config
     with Reporter(len(jobs)) as reporter:
         call = Call(sweep.sweep_id, None, reporter.stage)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -13,6 +13,7 @@ from sweeps import Start, Sweep, database
 from registry import record as records
 from registry import registration
 from registry.compose import Composer
+from registry.display import plan_notes
 from registry.experiments import applies, blocks, matches
 from registry.outcome import BadInput
 from registry.plan import Cell, Planner
@@ -154,6 +155,15 @@ def test_an_experiment_that_cannot_be_meant_is_refused(
     config.experiment = dataclasses.replace(config.experiment, **changes)
     with pytest.raises(BadInput, match=words):
         validate(config)
+
+
+def test_a_dry_run_lists_the_cells_as_typed_and_how_often_they_are_measured(
+    composer: Composer, profiles: dict[str, GpuConfig]
+) -> None:
+    _, cells = planned(composer, profiles, "experiment=graphs_ab")
+    assert plan_notes(cells)[-1] == "Each cell is measured in 10 sessions"
+    _, cells = planned(composer, profiles, "experiment=matrix")
+    assert not any("sessions" in note for note in plan_notes(cells))
 
 
 # Blocks and sessions
