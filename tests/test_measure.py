@@ -19,10 +19,11 @@ from backends.hf import HfBackend
 from backends.quant.none import NoQuant
 from registry import measure as measuring
 from registry.api import Architecture, Backend, NoOptions, Setup, StepBytes
-from registry.execution import EXECUTIONS, PROOF_STEPS, Execution
+from registry.execution import EXECUTIONS, Execution
 from registry.fidelity import LAYERS, MIN_COSINE, PREFIX, STEPS, Fidelity, compare
 from registry.measure import PROBE_BYTES, PROBE_REPEATS, measure, quiet, read_bandwidth
 from registry.outcome import Outcome, Refusal, Refused
+from registry.proof import PROOF_STEPS
 from registry.schema import ProtocolConfig
 from registry.weights import RandomWeights
 
@@ -446,7 +447,7 @@ def test_a_position_that_replays_leave_where_it_was_makes_a_graph_incorrect(
     refusal = refused(FlatOnTheHost, small, capturing)
     assert refusal.outcome is Outcome.INCORRECT
     assert refusal.reason == (
-        f"{PROOF_STEPS} replays of the graph moved the position by 0: it has to live on the device"
+        f"{PROOF_STEPS} steps of the replayed graph moved the position by 0: it has to live on the device"
     )
 
 
