@@ -32,6 +32,7 @@ CHECKPOINTS = "checkpoints"
 KERNELS = {
     "TORCH_EXTENSIONS_DIR": "torch_extensions",
     "GPTQMODEL_TORCH_EXTENSIONS_DIR": "gptqmodel",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
 }
 """Environment variables by which runtimes are told where to keep what they compile -> folder in the cache."""

@@ -5,19 +5,30 @@ A step is the model's forward for one token, greedy argmax on the device, and fe
 
 from __future__ import annotations
 
+import time
+import traceback
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from registry.outcome import Outcome, Refused
+from registry.compiling import Compilations, refusal
+from registry.outcome import Outcome, Refused, unsupported
 from registry.proof import eager_logits, prove
+from registry.schema import COMPILE_MODES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from registry.api import Backend
 
 CAPTURE_WARMUPS = 3
 """Side-stream steps before a capture, as PyTorch's documentation of CUDA graphs asks for."""
+SETTLED = 2
+"""Steps in a row in which torch.compile did nothing, after which it is taken to be done."""
+MOST_COMPILING = 24
+"""Steps that it gets for that: Dynamo gives a function up after its eighth compilation."""
+REASONS_TOLD = 3
 
 
 class Execution(ABC):
@@ -28,16 +39,24 @@ class Execution(ABC):
         first_token: int64 `[batch]`, what the prefill chose.
         position: Tokens in the cache after the prefill; every `rewind` comes back to it.
         room: Steps that the cache has room for.
+        mode: torch.compile's, for `compile`.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, backend: Backend, first_token: Tensor, position: int, room: int) -> None:
+    def __init__(
+        self, backend: Backend, first_token: Tensor, position: int, room: int, mode: str | None = None
+    ) -> None:
         self.backend = backend
         self.first_token = first_token.clone()
         self.position = position
         self.room = room
+        self.mode = mode
         self.token = first_token.clone()
+
+    def preparing(self) -> str:
+        """What `prepare` does, as a stage."""
+        return f"prepare {self.name}"
 
     def prepare(self) -> dict[str, Any]:
         """Capture or compile, before anything is timed.
@@ -63,6 +82,9 @@ class Execution(ABC):
     def evidence(self) -> dict[str, Any]:
         """What the record says after the timed passes."""
         return {}
+
+    def close(self) -> None:  # noqa: B027 - eager holds nothing
+        """Let go of what was captured or compiled, and so of the backend's tensors."""
 
 
 class Eager(Execution):
@@ -141,4 +163,111 @@ class CudaGraph(Execution):
         return {"replays": self.replays}
 
 
-EXECUTIONS: dict[str, type[Execution]] = {kind.name: kind for kind in (Eager, CudaGraph)}
+class Compiled(Execution):
+    """The step compiled by torch.compile, argmax included, and called from Python.
+
+    A mode that records CUDA graphs writes each step's outputs over those of the one before, and has to be told
+    where a step begins: the token is fed back as a clone, and the logits are let go. Before it is timed some
+    compiled steps are proven to be eager steps (`registry.proof`).
+    """
+
+    name = "compile"
+
+    def preparing(self) -> str:
+        """See `Execution.preparing`."""
+        return f"build compiled step ({self.mode}, kept; minutes the first time)"
+
+    def prepare(self) -> dict[str, Any]:
+        """See `Execution.prepare`: as many steps as compiling and recording take, their seconds told apart.
+
+        Raises:
+            Refused: `incorrect` if the compiled steps are not eager's, `unsupported` if the step cannot be compiled,
+                `missing_dependency` if there is no compiler.
+        """
+        import torch
+        from torch._inductor.async_compile import shutdown_compile_workers
+
+        expected = eager_logits(self)
+        self._compile()
+        start = time.perf_counter()
+        try:
+            self._settle()
+            if self.backend.setup.device == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:
+            traceback.print_exception(error)
+            raise refusal(error) from error
+        compile_s = time.perf_counter() - start
+        done = Compilations.now().since(self._begun)
+        if not done.graphs:
+            raise unsupported(
+                "torch.compile compiled nothing of the step",
+                "Unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or use execution=eager",
+            )
+        proof = prove(self, self.launch, expected, "the compiled step")
+        shutdown_compile_workers()  # they would live, and a thread with them, while steps are timed
+        self._ready = Compilations.now()
+        return {"compile_s": round(compile_s, 3), "graphs_from_cache": done.from_cache, **proof}
+
+    def _compile(self) -> None:
+        import torch
+
+        backend = self.backend
+
+        def step(token: Tensor) -> tuple[Tensor, Tensor]:
+            logits = backend.decode_step(token)
+            return logits.argmax(dim=-1), logits
+
+        torch.compiler.reset()  # Dynamo would count the compilations of an earlier step against this one's limit
+        self._begun = Compilations.now()
+        self._call: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.compile(step, mode=self.mode)
+        mark: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
+        self._mark = mark if COMPILE_MODES[self.mode or ""] else None
+
+    def _settle(self) -> None:
+        """Step until nothing is compiled or recorded any more."""
+        idle = 0
+        for number in range(MOST_COMPILING):
+            if number % self.room == 0:
+                self.rewind()
+            before = Compilations.now()
+            self.launch()
+            idle = idle + 1 if Compilations.now() == before else 0
+            if idle == SETTLED:
+                return
+
+    def launch(self) -> Tensor:
+        """One step; its logits, `[batch, vocab]`, which the next one may overwrite."""
+        if self._mark:
+            self._mark()
+        token, logits = self._call(self.token)
+        self.token = token.clone()
+        return logits
+
+    def step(self) -> None:
+        """See `Execution.step`."""
+        self.launch()
+
+    def evidence(self) -> dict[str, Any]:
+        """See `Execution.evidence`: all that torch.compile did, and what it did while steps were timed."""
+        now = Compilations.now()
+        whole, window = now.since(self._begun), now.since(self._ready)
+        return {
+            "mode": self.mode,
+            "compiled_graphs": whole.graphs,
+            "graph_breaks": whole.breaks.total(),
+            "graph_break_reasons": [reason for reason, _ in whole.breaks.most_common(REASONS_TOLD)],
+            "recompilations": window.frames,
+            "cudagraph_skips": whole.skips,
+            "rerecorded": window.recorded > 0,
+        }
+
+    def close(self) -> None:
+        """See `Execution.close`: Dynamo and recorded graphs hold what they were compiled for."""
+        import torch
+
+        self.__dict__.pop("_call", None)
+        torch.compiler.reset()
+
+
+EXECUTIONS: dict[str, type[Execution]] = {kind.name: kind for kind in (Eager, CudaGraph, Compiled)}

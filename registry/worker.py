@@ -112,7 +112,7 @@ def answer(request: Request) -> dict[str, Any]:
             stage("load")
             backend = make(None)
             backend.load(protocol.context + protocol.warmup_steps + protocol.measured_steps)
-            measured = measure(backend, config.execution.name, protocol, request.mean_context, stage)
+            measured = measure(backend, config.execution, protocol, request.mean_context, stage)
             require(measured["kernels"], _wanted(request))
             backend.close()
             del backend
