@@ -23,7 +23,7 @@ class HfBackend(Backend):
     forward is transformers' code; the linear format and the decode attention are ours to choose.
     """
 
-    executions = ("eager", "cuda_graph")
+    executions = ("eager", "cuda_graph", "compile")
 
     model: Any = None
     cache: Any = None

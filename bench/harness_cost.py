@@ -34,7 +34,7 @@ from registry.plugins import Catalog
 from registry.weights import RandomWeights
 
 if TYPE_CHECKING:
-    from registry.schema import ProtocolConfig
+    from registry.schema import ExecutionConfig, ProtocolConfig
 
 
 class Arms:
@@ -44,6 +44,7 @@ class Arms:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         config = Composer(Catalog()).cell([f"model={model}", f"context={context}", "protocol=paper"])
         self.protocol: ProtocolConfig = config.protocol
+        self.execution: ExecutionConfig = config.execution
         self.cache = cache
         architecture = Architecture.of(config.model)
         attention = Sdpa(SdpaOptions())
@@ -64,7 +65,7 @@ class Arms:
         self.model = bare_loop.make_model(architecture.transformers_config(), self.device)
 
     def rfloor(self) -> float:
-        measured = measure(self.backend, "eager", self.protocol, float(self.protocol.context), lambda _: None)
+        measured = measure(self.backend, self.execution, self.protocol, float(self.protocol.context), lambda _: None)
         return statistics.median(measured["step_times_ms"])
 
     def bare(self) -> float:

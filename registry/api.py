@@ -79,7 +79,7 @@ class Request:
         backend: Name of the decode body.
         quant: Name of the linear format.
         attention: Name of the attention kernel.
-        execution: How the step is launched.
+        execution: How the step is launched: `eager`, `cuda_graph` or `compile`.
         cache: `dynamic` (grows by concatenation) or `static` (allocated once at its capacity).
         batch_size: Streams.
         capacity: Tokens that the cache has to hold.
@@ -88,6 +88,7 @@ class Request:
         options: This plugin's own options, an instance of its `Options`.
         quant_options: The linear format's.
         attention_options: The attention kernel's.
+        mode: torch.compile's mode, `None` where the step is not compiled.
     """
 
     architecture: Architecture
@@ -103,6 +104,7 @@ class Request:
     options: Any
     quant_options: Any
     attention_options: Any
+    mode: str | None = None
 
 
 class Plugin(ABC):  # noqa: B024 - the kinds below have the abstract methods
@@ -112,8 +114,8 @@ class Plugin(ABC):  # noqa: B024 - the kinds below have the abstract methods
         requires: Packages, checked by their metadata; a missing one is the cell's `missing_dependency`.
         devices: Where the plugin runs.
         min_capability: Least CUDA compute capability.
-        executions: `eager`, and `cuda_graph` if the step can be captured: the position lives on the device
-            and nothing in the step needs the host.
+        executions: `eager`; `cuda_graph` if the step can be captured: the position lives on the device and nothing
+            in the step needs the host; `compile` if torch.compile comes to the same step, be it in parts.
         caches: Which caches it can work with.
         Options: A dataclass of the plugin's own options; what the configuration gives is checked against it.
     """

@@ -32,6 +32,7 @@ CHECKPOINTS = "checkpoints"
 KERNELS = {
     "TORCH_EXTENSIONS_DIR": "torch_extensions",
     "GPTQMODEL_TORCH_EXTENSIONS_DIR": "gptqmodel",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
     "FLASHINFER_WORKSPACE_BASE": "flashinfer",  # its own folders are below, by version and architecture
 }

@@ -5,27 +5,30 @@ A step is the model's forward for one token, greedy argmax on the device, and fe
 
 from __future__ import annotations
 
+import time
+import traceback
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from registry.outcome import Outcome, Refused
+from registry.compiling import Compilations, refusal
+from registry.outcome import Outcome, Refused, unsupported
+from registry.proof import eager_logits, prove
+from registry.schema import COMPILE_MODES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from registry.api import Backend
 
-PROOF_STEPS = 16
-"""Steps that a graph must share with the eager step before it is timed."""
-MIN_CORRELATION = 0.999
-"""Of a replay's logits with the eager step's on the same token and cache.
-
-On one H200 (2026-11-22, random weights, docs/results/2026-11-22-h200) the replays of 26 runs kept 0.9997 at least; a
-step at the position where the capture was made fell to 0.9989 (qwen2.5-7b, context 2048) and to 0.978 (llama-3.1-8b,
-16384).
-"""
 CAPTURE_WARMUPS = 3
 """Side-stream steps before a capture, as PyTorch's documentation of CUDA graphs asks for."""
+SETTLED = 2
+"""Steps in a row in which torch.compile did nothing, after which it is taken to be done."""
+MOST_COMPILING = 24
+"""Steps that it gets for that: Dynamo gives a function up after its eighth compilation."""
+REASONS_TOLD = 3
 
 
 class Execution(ABC):
@@ -36,14 +39,24 @@ class Execution(ABC):
         first_token: int64 `[batch]`, what the prefill chose.
         position: Tokens in the cache after the prefill; every `rewind` comes back to it.
         room: Steps that the cache has room for.
+        mode: torch.compile's, for `compile`.
     """
 
-    def __init__(self, backend: Backend, first_token: Tensor, position: int, room: int) -> None:
+    name: ClassVar[str]
+
+    def __init__(
+        self, backend: Backend, first_token: Tensor, position: int, room: int, mode: str | None = None
+    ) -> None:
         self.backend = backend
         self.first_token = first_token.clone()
         self.position = position
         self.room = room
+        self.mode = mode
         self.token = first_token.clone()
+
+    def preparing(self) -> str:
+        """What `prepare` does, as a stage."""
+        return f"prepare {self.name}"
 
     def prepare(self) -> dict[str, Any]:
         """Capture or compile, before anything is timed.
@@ -57,18 +70,27 @@ class Execution(ABC):
     def step(self) -> None:
         """Launch one step; returns before the device has done it."""
 
+    def feed(self, token: Tensor) -> None:
+        """Make `token`, int64 `[batch]`, the next step's."""
+        self.token = token.clone()
+
     def rewind(self) -> None:
         """Back to where the prefill ended."""
         self.backend.seek(self.position)
-        self.token = self.first_token.clone()
+        self.feed(self.first_token)
 
     def evidence(self) -> dict[str, Any]:
         """What the record says after the timed passes."""
         return {}
 
+    def close(self) -> None:  # noqa: B027 - eager holds nothing
+        """Let go of what was captured or compiled, and so of the backend's tensors."""
+
 
 class Eager(Execution):
     """Every kernel launched from Python."""
+
+    name = "eager"
 
     def step(self) -> None:
         """See `Execution.step`."""
@@ -79,11 +101,11 @@ class CudaGraph(Execution):
     """The whole step captured once, argmax and feeding back included, and replayed.
 
     The graph reads and writes one token buffer, and the backend keeps its position on the device, so a
-    replay needs nothing from the host. Before it is timed each of some replays is given the token that the
-    eager step was given, and has to come to its logits and, where those are decided, to its choice; and the
-    position has to have moved by their number.
+    replay needs nothing from the host. Before it is timed some replays are proven to be eager steps
+    (`registry.proof`).
     """
 
+    name = "cuda_graph"
     replays = 0
     logits: Tensor
 
@@ -96,8 +118,7 @@ class CudaGraph(Execution):
         """
         import torch
 
-        steps = min(PROOF_STEPS, self.room)
-        expected = self._eager_logits(steps)
+        expected = eager_logits(self)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -116,9 +137,7 @@ class CudaGraph(Execution):
                 f"the step cannot be captured: {str(error).splitlines()[0]}",
                 "Use execution=eager",
             ) from error
-        self.rewind()
-        proof = self._compare(expected)
-        self.rewind()
+        proof = prove(self, self._replay, expected, "the replayed graph", ": it has to live on the device")
         self.replays = 0
         return proof
 
@@ -126,79 +145,129 @@ class CudaGraph(Execution):
         self.logits = self.backend.decode_step(self.token)
         self.token.copy_(self.logits.argmax(dim=-1))
 
-    def _eager_logits(self, steps: int) -> list[Tensor]:
-        """The logits of eager steps, each fed with the choice of the one before, float32 `[batch, vocab]`."""
-        self.rewind()
-        token, found = self.token, []
-        for _ in range(steps):
-            found.append(self.backend.decode_step(token).float())
-            token = found[-1].argmax(dim=-1)
-        self.rewind()
-        return found
-
-    def _compare(self, expected: list[Tensor]) -> dict[str, Any]:
-        """Replay on the tokens that eager was given, and hold each step's outcome against eager's."""
-        agreed, least = 0, 1.0
-        for index, eager in enumerate(expected):
-            self.step()
-            correlation = float(_correlation(self.logits.float(), eager).min())
-            if not correlation >= MIN_CORRELATION:  # a NaN is not at least anything
-                raise Refused(
-                    Outcome.INCORRECT,
-                    f"the replayed graph's logits correlate by {correlation:.5f} with the eager step's on the same "
-                    f"token, {index + 1} in; {MIN_CORRELATION} is the least",
-                )
-            choice = eager.argmax(dim=-1)
-            differs = self.token != choice
-            top = eager.topk(2, dim=-1).values
-            if bool((differs & (top[:, 0] - top[:, 1] > noise(eager))).any()):
-                raise Refused(
-                    Outcome.INCORRECT,
-                    f"the replayed graph chose another token than the eager step, {index + 1} in",
-                )
-            agreed += not bool(differs.any())
-            least = min(least, correlation)
-            self.token.copy_(choice)  # what eager's next step was given
-        moved = self.backend.position() - self.position
-        if moved != len(expected):
-            raise Refused(
-                Outcome.INCORRECT,
-                f"{len(expected)} replays of the graph moved the position by {moved}: it has to live on the device",
-            )
-        return {"proof_steps": len(expected), "proof_agreed": agreed, "proof_correlation": least}
+    def _replay(self) -> Tensor:
+        self.step()
+        return self.logits
 
     def step(self) -> None:
         """See `Execution.step`."""
         self.graph.replay()
         self.replays += 1
 
-    def rewind(self) -> None:
-        """See `Execution.rewind`; the token's buffer stays where the graph expects it."""
-        self.backend.seek(self.position)
-        self.token.copy_(self.first_token)
+    def feed(self, token: Tensor) -> None:
+        """See `Execution.feed`; the token's buffer stays where the graph expects it."""
+        self.token.copy_(token)
 
     def evidence(self) -> dict[str, Any]:
         """See `Execution.evidence`."""
         return {"replays": self.replays}
 
 
-EXECUTIONS: dict[str, type[Execution]] = {"eager": Eager, "cuda_graph": CudaGraph}
+class Compiled(Execution):
+    """The step compiled by torch.compile, argmax included, and called from Python.
 
-
-def _correlation(one: Tensor, two: Tensor) -> Tensor:
-    """Pearson's, `[batch]`: what all logits of a step share, a bias of the head, proves nothing."""
-    from torch.nn.functional import cosine_similarity
-
-    return cosine_similarity(one - one.mean(-1, keepdim=True), two - two.mean(-1, keepdim=True), dim=-1)
-
-
-def noise(logits: Tensor) -> Tensor:
-    """By how much two bf16 logits of one step may differ and mean nothing, `[batch]`.
-
-    bf16 keeps 8 significant bits, so one rounding of the largest logit is 2^-8 of it; four of them leave
-    room for sums taken in another order.
-
-    Args:
-        logits: float32 `[batch, vocab]`.
+    A mode that records CUDA graphs writes each step's outputs over those of the one before, and has to be told
+    where a step begins: the token is fed back as a clone, and the logits are let go. Before it is timed some
+    compiled steps are proven to be eager steps (`registry.proof`).
     """
-    return logits.abs().amax(dim=-1) * 2**-8 * 4
+
+    name = "compile"
+
+    def preparing(self) -> str:
+        """See `Execution.preparing`."""
+        return f"build compiled step ({self.mode}, kept; minutes the first time)"
+
+    def prepare(self) -> dict[str, Any]:
+        """See `Execution.prepare`: as many steps as compiling and recording take, their seconds told apart.
+
+        Raises:
+            Refused: `incorrect` if the compiled steps are not eager's, `unsupported` if the step cannot be compiled,
+                `missing_dependency` if there is no compiler.
+        """
+        import torch
+        from torch._inductor.async_compile import shutdown_compile_workers
+
+        expected = eager_logits(self)
+        self._compile()
+        start = time.perf_counter()
+        try:
+            self._settle()
+            if self.backend.setup.device == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:
+            traceback.print_exception(error)
+            raise refusal(error) from error
+        compile_s = time.perf_counter() - start
+        done = Compilations.now().since(self._begun)
+        if not done.graphs:
+            raise unsupported(
+                "torch.compile compiled nothing of the step",
+                "Unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or use execution=eager",
+            )
+        proof = prove(self, self.launch, expected, "the compiled step")
+        shutdown_compile_workers()  # they would live, and a thread with them, while steps are timed
+        self._ready = Compilations.now()
+        return {"compile_s": round(compile_s, 3), "graphs_from_cache": done.from_cache, **proof}
+
+    def _compile(self) -> None:
+        import torch
+
+        backend = self.backend
+
+        def step(token: Tensor) -> tuple[Tensor, Tensor]:
+            logits = backend.decode_step(token)
+            return logits.argmax(dim=-1), logits
+
+        torch.compiler.reset()  # Dynamo would count the compilations of an earlier step against this one's limit
+        self._begun = Compilations.now()
+        self._call: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.compile(step, mode=self.mode)
+        mark: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
+        self._mark = mark if COMPILE_MODES[self.mode or ""] else None
+
+    def _settle(self) -> None:
+        """Step until nothing is compiled or recorded any more."""
+        idle = 0
+        for number in range(MOST_COMPILING):
+            if number % self.room == 0:
+                self.rewind()
+            before = Compilations.now()
+            self.launch()
+            idle = idle + 1 if Compilations.now() == before else 0
+            if idle == SETTLED:
+                return
+
+    def launch(self) -> Tensor:
+        """One step; its logits, `[batch, vocab]`, which the next one may overwrite."""
+        if self._mark:
+            self._mark()
+        token, logits = self._call(self.token)
+        self.token = token.clone()
+        return logits
+
+    def step(self) -> None:
+        """See `Execution.step`."""
+        self.launch()
+
+    def evidence(self) -> dict[str, Any]:
+        """See `Execution.evidence`: all that torch.compile did, and what it did while steps were timed."""
+        now = Compilations.now()
+        whole, window = now.since(self._begun), now.since(self._ready)
+        return {
+            "mode": self.mode,
+            "compiled_graphs": whole.graphs,
+            "graph_breaks": whole.breaks.total(),
+            "graph_break_reasons": [reason for reason, _ in whole.breaks.most_common(REASONS_TOLD)],
+            "recompilations": window.frames,
+            "cudagraph_skips": whole.skips,
+            "rerecorded": window.recorded > 0,
+        }
+
+    def close(self) -> None:
+        """See `Execution.close`: Dynamo and recorded graphs hold what they were compiled for."""
+        import torch
+
+        self.__dict__.pop("_call", None)
+        torch.compiler.reset()
+
+
+EXECUTIONS: dict[str, type[Execution]] = {kind.name: kind for kind in (Eager, CudaGraph, Compiled)}

@@ -61,12 +61,13 @@ def _prefix(shape: str, record: Record) -> str:
 
 def _keys(shape: str, record: Record) -> dict[str, Any]:
     """The keys that the study's cells of this kind carry beyond every cell's."""
-    c, launch = record.config, record.config["execution"]["name"]
+    c = record.config
+    launch = c["execution"].get("launch", c["execution"]["name"])  # older records say it by the name alone
     if shape == "pairs":
         arm = "graphed_p50_ms" if launch == "cuda_graph" else "eager_p50_ms"
         return {arm: record.study["p50_ms"]}
     if shape == "stack":
-        compiled, graphs = launch.startswith("compile"), launch == "cuda_graph"
+        compiled, graphs = launch == "compile", launch == "cuda_graph"
         return {"attn": c["attention"]["name"], "compile": compiled, "graphs": graphs}
     if shape == "profile":
         return {key: record.metrics[key] for key in ("bw_util", "cpu_cuda_ratio") if key in record.metrics}

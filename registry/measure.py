@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from registry.api import Backend
-    from registry.schema import ProtocolConfig
+    from registry.schema import ExecutionConfig, ProtocolConfig
 
 PROBE_BYTES = {"cuda": 4 << 30, "cpu": 1 << 30}
 """Size of the buffer that the bandwidth probe reads: many times any last-level cache."""
@@ -38,7 +38,7 @@ KIB = 1024
 
 def measure(
     backend: Backend,
-    execution_name: str,
+    launched: ExecutionConfig,
     protocol: ProtocolConfig,
     mean_context: float,
     stage: Callable[[str], None],
@@ -48,7 +48,7 @@ def measure(
 
     Args:
         backend: Loaded with room for the context and all steps.
-        execution_name: How the step is launched.
+        launched: How the step is launched.
         protocol: Context, steps, batch and seed.
         mean_context: Tokens that a measured step attends to on average, for the bytes it streams.
         stage: Told what begins; never called inside a timed window.
@@ -73,9 +73,9 @@ def measure(
     ttft_ms = (time.perf_counter_ns() - start) / 1e6
     memory.mark()
 
-    stage(f"prepare {execution_name}")
     room = protocol.warmup_steps + protocol.measured_steps
-    execution = EXECUTIONS[execution_name](backend, first_token, protocol.context, room)
+    execution = EXECUTIONS[launched.launch](backend, first_token, protocol.context, room, launched.mode)
+    stage(execution.preparing())
     prepared = execution.prepare()
 
     stage("measure")
@@ -100,6 +100,7 @@ def measure(
         wait, step_ms = partial(synchronise, device), statistics.median(step_times)
         with quiet():
             extra["profile"] = profiled(execution, wait, device, protocol.profiled_steps, step_ms, trace)
+    execution.close()
     return {
         "ttft_ms": ttft_ms,
         "step_times_ms": step_times,

@@ -29,7 +29,7 @@ def metrics(cell: Cell, measured: Mapping[str, Any]) -> dict[str, float]:
 
     Returns:
         Milliseconds, bytes, decimal gigabytes, ratios; the README defines each. What
-        does not exist on this device (device events on the CPU, a price without one) is left out.
+        does not exist (device events on the CPU, a price without one, a compilation in eager) is left out.
     """
     gpu, batch = cell.config.gpu, cell.config.protocol.batch_size
     summary = stats.summary(measured["step_times_ms"])
@@ -59,6 +59,8 @@ def metrics(cell: Cell, measured: Mapping[str, Any]) -> dict[str, float]:
         figures["event_median_tpot_ms"] = stats.summary(measured["event_times_ms"])["median_tpot_ms"]
     if "profile" in measured:
         figures |= profile_figures(measured["profile"], cell.study_bytes, peak, step_ms)
+    if "compile_s" in measured["execution"]:
+        figures["compile_s"] = measured["execution"]["compile_s"]
     if gpu.price_usd_per_hour:
         figures["usd_per_mtok"] = floor.usd_per_mtok(step_ms, gpu.price_usd_per_hour, batch)
     return figures
@@ -164,12 +166,35 @@ def warnings(cell: Cell, measured: Mapping[str, Any], figures: Mapping[str, floa
             f"first visit: a step took {first:.2f} ms, over the same positions again {again:.2f} ms; the "
             "difference is paid once a cache length (kernel planning or compiling), not once a step"
         )
+    found += compiling(measured["execution"])
     if not measured["kernels"]:
         found.append("torch.profiler saw no kernel here: which ones ran is not known")
     if "profile" in measured:
         found += profile.doubts(measured["profile"], figures["median_tpot_ms"])
     if cell.config.gpu.measure_bandwidth and not cell.config.gpu.peak_bandwidth_gbs:
         found.append("no spec sheet: r_floor and mbu stand against the measured read bandwidth")
+    return found
+
+
+def compiling(execution: Mapping[str, Any]) -> list[str]:
+    """What a compiled step did otherwise than its name says.
+
+    Args:
+        execution: What `registry.execution.Compiled` tells; of another execution there is nothing to say.
+    """
+    found = []
+    if execution.get("recompilations"):
+        count = execution["recompilations"]
+        found.append(f"recompilations while steps were timed: {count}; those steps hold the compiler's time")
+    if execution.get("rerecorded"):
+        found.append("CUDA graphs were recorded while steps were timed; those steps hold the recording's time")
+    if execution.get("graph_breaks"):
+        count, graphs = execution["graph_breaks"], execution["compiled_graphs"]
+        reasons = "; ".join(execution["graph_break_reasons"])
+        found.append(f"graph breaks: {count}; Python runs between the {graphs} graphs compiled of a step ({reasons})")
+    if execution.get("cudagraph_skips"):
+        count, mode = execution["cudagraph_skips"], execution["mode"]
+        found.append(f"CUDA graphs skipped: {count}; mode {mode} promises them, and Python launched what it skipped")
     return found
 
 

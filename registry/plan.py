@@ -25,6 +25,7 @@ from registry.identity import cell_id
 from registry.kernel_cell import CACHES
 from registry.outcome import BadInput, Outcome, Refusal, Refused, nearest, unsupported
 from registry.plugins import KINDS
+from registry.schema import COMPILE_MODES
 from registry.validate import validate, validate_profile
 from registry.weights import check_weights
 
@@ -254,7 +255,7 @@ def _check_kernel(cell: Cell, chosen: Mapping[str, tuple[type[Plugin], Any]]) ->
     A call at one length can be captured whether or not the kernel reads the length from the device, so its declared
     executions are those of a step and do not count here.
     """
-    kernel, execution = chosen["attention"][0], cell.config.execution.name
+    kernel, execution = chosen["attention"][0], cell.config.execution.launch
     request = dataclasses.replace(_request(cell, "attention", chosen), execution="eager")
     if execution not in ("eager", "cuda_graph"):
         raise unsupported(
@@ -313,7 +314,8 @@ def _request(cell: Cell, kind: str, chosen: Mapping[str, tuple[type[Plugin], Any
         backend=c.backend.plugin,
         quant=c.quant.plugin,
         attention=c.attention.plugin,
-        execution=c.execution.name,
+        execution=c.execution.launch,
+        mode=c.execution.mode,
         cache=c.execution.cache,
         batch_size=c.protocol.batch_size,
         capacity=cell.capacity,
@@ -337,8 +339,18 @@ def _check_declared(kind: str, plugin: type[Plugin], request: Request) -> None:
             f"{name} cannot be launched by execution={request.execution}",
             f"It declares {', '.join(plugin.executions)}",
         )
+    if _records_graphs(request) and "cuda_graph" not in plugin.executions:
+        raise unsupported(
+            f"{name} cannot be captured, and execution.mode={request.mode} records CUDA graphs",
+            "Use execution.mode=default",
+        )
     if request.cache not in plugin.caches:
         raise unsupported(f"{name} works on a {' or '.join(plugin.caches)} cache, not on a {request.cache} one")
+
+
+def _records_graphs(request: Request) -> bool:
+    """Whether torch.compile is asked for CUDA graphs where there can be some."""
+    return request.execution == "compile" and request.device == "cuda" and COMPILE_MODES[request.mode or "default"]
 
 
 def _check_combination(backend: type[Plugin], quant: type[Plugin], request: Request) -> None:
@@ -354,6 +366,11 @@ def _check_combination(backend: type[Plugin], quant: type[Plugin], request: Requ
         raise unsupported(
             "a captured step needs a cache that stays where it is, this one is dynamic",
             "Use execution.cache=static",
+        )
+    if _records_graphs(request) and request.cache != "static":
+        raise unsupported(
+            f"execution.mode={request.mode} would record a CUDA graph for every length of a dynamic cache",
+            "Use execution.cache=static, or execution.mode=default",
         )
     for kind, hosted, name in (
         ("quant", backend.formats, request.quant),

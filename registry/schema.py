@@ -12,6 +12,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+COMPILE_MODES = {"default": False, "reduce-overhead": True, "max-autotune": True, "max-autotune-no-cudagraphs": False}
+"""torch.compile's modes -> whether one records CUDA graphs."""
+
 MISSING: Any = "???"  # OmegaConf's mark for a value that the YAML has to give
 
 
@@ -85,10 +88,19 @@ class AttentionConfig:
 
 @dataclass
 class ExecutionConfig:
-    """How the step is launched, and on which cache."""
+    """How the step is launched, and on which cache.
+
+    Attributes:
+        name: What tables and records call it.
+        launch: `eager`, `cuda_graph` or `compile`.
+        cache: `dynamic` or `static`.
+        mode: torch.compile's, one of `COMPILE_MODES`; only `compile` takes one.
+    """
 
     name: str = MISSING
+    launch: str = "${.name}"
     cache: str = MISSING
+    mode: str | None = None
 
 
 @dataclass

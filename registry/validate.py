@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from registry.outcome import BadInput, nearest
-from registry.schema import GROUPS
+from registry.schema import COMPILE_MODES, GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from registry.schema import Config, GpuConfig, TrackingConfig
+    from registry.schema import Config, ExecutionConfig, GpuConfig, TrackingConfig
 
-EXECUTIONS = ("eager", "cuda_graph")
+EXECUTIONS = ("eager", "cuda_graph", "compile")
 CACHES = ("dynamic", "static")
 MEASURES = ("step", "attention")
 """What a cell may time: a whole decode step, or one attention kernel alone."""
@@ -174,11 +174,12 @@ def _experiment(config: Config) -> Iterator[str]:
 
 def _choices(config: Config) -> Iterator[str]:
     for key, value, known in (
-        ("execution.name", config.execution.name, EXECUTIONS),
+        ("execution.launch", config.execution.launch, EXECUTIONS),
         ("execution.cache", config.execution.cache, CACHES),
     ):
         if value not in known:
             yield f"{key}={value}: {nearest(value, known)}"
+    yield from _mode(config.execution)
     for name in ("weight_bits", "study_bits"):
         if not 0 < getattr(config.quant, name) <= 32:
             yield f"quant.{name}={getattr(config.quant, name)}: more than 0 and at most 32"
@@ -189,6 +190,16 @@ def _choices(config: Config) -> Iterator[str]:
             yield from _folder(key, name)
         else:
             yield f"{key} is empty: name a folder"
+
+
+def _mode(execution: ExecutionConfig) -> Iterator[str]:
+    """A mode that torch.compile does not know, or one that nobody would read."""
+    told = f"execution.mode={execution.mode}"
+    if execution.launch == "compile":
+        if execution.mode not in COMPILE_MODES:
+            yield f"{told}: {nearest(execution.mode or '', COMPILE_MODES)}"
+    elif execution.mode is not None:
+        yield f"{told}: a mode is torch.compile's, and execution={execution.name} has none, so use execution=compile"
 
 
 def _folder(key: str, name: str) -> Iterator[str]:

@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -25,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.failures import out_of_memory, telling_line
 from registry.hardware import physical_cores
 from registry.outcome import BadInput, Outcome, Refused
 from registry.record import write_json
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 STAGES_FD = "RFLOOR_STAGES"
 PR_SET_PDEATHSIG = 1  # prctl(2)
-COMPILER_ERROR = re.compile(r"\b(fatal )?error( [A-Z]+\d+)?: ")  # gcc, nvcc, clang, cl
-LINE_LIMIT = 300
 
 
 @dataclass
@@ -132,7 +130,7 @@ def _step(request: Request) -> dict[str, Any]:
         backend = make(None)
         backend.load(protocol.context + protocol.warmup_steps + protocol.measured_steps)
         trace = Path(request.trace) if request.trace else None
-        measured = measure(backend, config.execution.name, protocol, request.mean_context, stage, trace)
+        measured = measure(backend, config.execution, protocol, request.mean_context, stage, trace)
         backend.close()
     return measured | {"fidelity": fidelity}
 
@@ -146,7 +144,7 @@ def _kernel(request: Request) -> dict[str, Any]:
     (plugin, options) = next((plugin, options) for kind, plugin, options in _called(request) if kind == "attention")
     architecture = Architecture.of(config.model)
     return measure_kernel(
-        plugin(options), architecture, config.protocol, config.execution.name, request.device, stage
+        plugin(options), architecture, config.protocol, config.execution.launch, request.device, stage
     )
 
 
@@ -165,14 +163,7 @@ def _build(request: Request) -> None:
             plugin.build(options, request.device)
         except Exception as error:
             traceback.print_exception(error)
-            raise Refused(Outcome.MISSING_DEPENDENCY, f"{what} cannot be compiled: {_last_error(error)}") from error
-
-
-def _last_error(error: Exception) -> str:
-    """The last thing that a compiler said; ninja and loaders say more after it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    compilers = [line for line in lines if COMPILER_ERROR.search(line)]
-    return (compilers or lines)[-1][:LINE_LIMIT]
+            raise Refused(Outcome.MISSING_DEPENDENCY, f"{what} cannot be compiled: {telling_line(error)}") from error
 
 
 def _called(request: Request) -> Iterator[tuple[str, Any, Any]]:
@@ -275,16 +266,6 @@ def failure(error: BaseException) -> dict[str, Any]:
     if out_of_memory(error):
         return {"outcome": Outcome.OOM, "reason": first or "out of memory"}
     return {"outcome": Outcome.CRASH, "reason": f"{type(error).__name__}: {first}"}
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on the device or on the host."""
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "CUDA error: out of memory" in str(error)
-    )
 
 
 def die_with_parent() -> None:

@@ -18,6 +18,7 @@ from planning import H200, Plan
 from sweeps import FAULTS, ROOT, Start, Sweep, database, marked
 
 from registry.architecture import Architecture
+from registry.cache import KERNELS
 from registry.compose import Composer
 from registry.hardware import Device
 from registry.plan import Cell, Planner
@@ -74,10 +75,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         kept = [f"records={folder}/records", f"cache.folder={folder}/cache"]
         fixed = ["model=tiny", "gpu=cpu", "context=32", "protocol.threads=1", *kept, *tracking]
         path = os.pathsep.join(filter(None, [str(FAULTS), os.environ.get("PYTHONPATH")]))
+        # Inductor, once it has compiled in this process, says here where it keeps what it makes.
+        inherited = {name: value for name, value in os.environ.items() if name not in KERNELS}
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "runner.py"), "-m", *fixed, *overrides],
             cwd=folder / "cwd",
-            env=os.environ | {"PYTHONPATH": path, "TMPDIR": str(folder / "tmp"), "RFLOOR_TEST_MARK": mark},
+            env=inherited | {"PYTHONPATH": path, "TMPDIR": str(folder / "tmp"), "RFLOOR_TEST_MARK": mark},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -140,7 +140,7 @@ def assert_logged(sweep: Sweep, record: dict[str, Any]) -> None:
 def assert_nothing_left(sweep: Sweep) -> None:
     """No process, no temporary file, nothing where the call was made."""
     assert sweep.left_processes == []
-    kept = "torchinductor_"  # PyTorch's own cache, which it makes on import
+    kept = "torchinductor_"  # PyTorch's own cache, whose precompiled headers go nowhere else
     assert [file for file in (sweep.folder / "tmp").iterdir() if not file.name.startswith(kept)] == []
     assert list((sweep.folder / "cwd").iterdir()) == []
     files = list(sweep.folder.glob("records/*/*"))

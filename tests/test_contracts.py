@@ -39,6 +39,7 @@ class TestHf(BackendContract):
 
 class TestHfTied(BackendContract):
     plugin = HfBackend
+    compiles = False
     architecture = replace(TINY, model_type="llama", qkv_bias=False, tied_embeddings=True)
     formats = ("none",)
 
@@ -140,6 +141,15 @@ class KeepsALayersKeys(Sdpa):
         return super().decode(q, k, v, kv_len=kv_len, scale=scale, mask=mask)
 
 
+class ForgetsTheMaskCompiled(Sdpa):
+    def decode(self, q, k, v, *, kv_len, scale, mask=None):
+        import torch
+
+        if torch.compiler.is_compiling():
+            mask = None
+        return super().decode(q, k, v, kv_len=kv_len, scale=scale, mask=mask)
+
+
 class RefusesEveryShape(Sdpa):
     def plan(self, shape):
         raise unsupported("no shape is good enough")
@@ -155,6 +165,7 @@ class RefusesEveryShape(Sdpa):
         (AnswersInFloat32, "test_decode_is_attention", "bfloat16 in, torch.float32 out"),
         (ScalesInPlace, "test_decode_leaves_everything_as_it_was", "changes its q"),
         (KeepsALayersKeys, "test_decode_leaves_everything_as_it_was", "after another one"),
+        (ForgetsTheMaskCompiled, "test_decode_can_be_compiled", "given 2 valid rows, does not attend to those"),
     ],
 )
 def test_broken_attention_is_found(plugin, test, words):
@@ -240,6 +251,14 @@ class DividesByZero(NoQuant):
         return linear
 
 
+class DoublesCompiled(NoQuant):
+    def convert(self, linear):
+        import torch
+
+        linear.register_forward_hook(lambda layer, _, out: out * 2 if torch.compiler.is_compiling() else out)
+        return linear
+
+
 class RefusesEveryLayer(NoQuant):
     def convert(self, linear):
         raise unsupported("no layer is good enough")
@@ -268,6 +287,7 @@ class RefusesEveryLayer(NoQuant):
         (ForgetsBias, "test_stored_is_all_that_is_held", "bytes that are not in stored"),
         (KeepsTheOriginal, "test_stored_is_all_that_is_held", "bytes that are not in stored"),
         (IsRandom, "test_conversion_is_deterministic", "gives two weights"),
+        (DoublesCompiled, "test_product_can_be_compiled", "the compiled product differs"),
         (RefusesEveryLayer, "test_bias_is_exact", "refuses every layer"),
     ],
 )
@@ -381,6 +401,14 @@ class MixesStreams(HfBackend):
         return super().decode_step(token).flip(0)
 
 
+class FlipsCompiled(HfBackend):
+    def decode_step(self, token):
+        import torch
+
+        logits = super().decode_step(token)
+        return logits.flip(-1) if torch.compiler.is_compiling() else logits
+
+
 class RefusesEveryCell(HfBackend):
     @classmethod
     def check(cls, request):
@@ -410,6 +438,7 @@ class RefusesEveryCell(HfBackend):
         (LeavesOutBiases, "test_dequantized_are_the_models_weights", ("static", "none"), "lacks"),
         (IgnoresTheFormat, "test_linear_layers_are_the_formats", ("static", "nf4"), "never asked"),
         (ForgetsTheHead, "test_hosts_are_names", (), "formats"),
+        (FlipsCompiled, "test_step_can_be_compiled", (), "the compiled step's logits correlate"),
         (RefusesEveryCell, "test_some_combination_is_served", (), "refuses every combination"),
     ],
 )

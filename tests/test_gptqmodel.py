@@ -44,6 +44,7 @@ class TestHf(BackendContract):
 
     plugin = HfBackend
     formats = ("gptq", "awq")
+    compiles = False
     buffer_bytes = 2**20  # the checkpoint's tensors, for `dequantize`
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ from backends.hf import HfBackend
 from backends.quant.none import NoQuant
 from registry import measure as measuring
 from registry.api import Architecture, Backend, NoOptions, Setup, StepBytes
-from registry.execution import EXECUTIONS, PROOF_STEPS, Execution
+from registry.compiling import Compilations
+from registry.display import LONG
+from registry.execution import EXECUTIONS, Compiled, Execution
 from registry.fidelity import LAYERS, MIN_COSINE, PREFIX, STEPS, Fidelity, compare
 from registry.measure import PROBE_BYTES, PROBE_REPEATS, measure, quiet, read_bandwidth
+from registry.metrics import compiling
 from registry.outcome import Outcome, Refusal, Refused
-from registry.schema import ProtocolConfig
+from registry.proof import MIN_CORRELATION, PROOF_STEPS, prove
+from registry.schema import COMPILE_MODES, ExecutionConfig, ProtocolConfig
 from registry.weights import RandomWeights
 
 VOCAB = 97
@@ -107,7 +112,10 @@ def counter(small: Architecture) -> Counter:
 
 
 def run(backend: Counter, protocol: ProtocolConfig = PROTOCOL, execution: str = "eager") -> dict[str, Any]:
-    return measure(backend, execution, protocol, 20.5, lambda name: backend.asked.append(("stage", name)))
+    launched = ExecutionConfig(
+        execution, execution, backend.setup.cache, "default" if execution == "compile" else None
+    )
+    return measure(backend, launched, protocol, 20.5, lambda name: backend.asked.append(("stage", name)))
 
 
 def following(first: list[int], steps: int) -> list[list[int]]:
@@ -446,7 +454,7 @@ def test_a_position_that_replays_leave_where_it_was_makes_a_graph_incorrect(
     refusal = refused(FlatOnTheHost, small, capturing)
     assert refusal.outcome is Outcome.INCORRECT
     assert refusal.reason == (
-        f"{PROOF_STEPS} replays of the graph moved the position by 0: it has to live on the device"
+        f"{PROOF_STEPS} steps of the replayed graph moved the position by 0: it has to live on the device"
     )
 
 
@@ -499,6 +507,321 @@ def test_a_measurement_on_cuda_times_a_third_pass_by_events(small: Architecture,
     graphed = proof(STEPS_A_PASS) | {"replays": 3 * STEPS_A_PASS}
     assert measured["execution"] == (graphed if execution == "cuda_graph" else {})
     assert 0 < measured["decode_peak_memory_bytes"] <= measured["peak_memory_bytes"]
+
+
+# A compiled step
+#
+# Most of these compile by Dynamo alone, whose graphs PyTorch then runs as they are: Inductor takes seconds.
+
+
+def compiled(kind: type[Counter], architecture: Architecture, mode: str = "default", room: int = 20) -> Compiled:
+    """Prefilled, and not yet compiled."""
+    backend = kind(setup(architecture, cache="static"))
+    first = backend.prefill(torch.tensor([[5], [7]])).argmax(dim=-1)
+    backend.seek(CONTEXT)
+    return Compiled(backend, first, CONTEXT, room, mode)
+
+
+@pytest.fixture
+def dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile without Inductor."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+class Traceable(Counter):
+    """As its parent, without what Dynamo cannot follow."""
+
+    def decode_step(self, token: Tensor) -> Tensor:
+        logits = self.logits(token, self.end)
+        self.end.add_(1)
+        return logits
+
+
+def test_a_compiled_step_feeds_back_its_token_and_moves_on(small: Architecture, dynamo: None) -> None:
+    with torch.inference_mode():
+        step = compiled(Traceable, small)
+        prepared = step.prepare()
+        assert prepared.pop("compile_s") > 0
+        assert prepared == proof(PROOF_STEPS) | {"graphs_from_cache": 0}
+        assert step.backend.position() == CONTEXT
+        expected = following(step.first_token.tolist(), 12)[1:]
+        assert tokens(step, 12) == expected
+        step.rewind()
+        assert tokens(step, 12) == expected
+        assert step.backend.position() == CONTEXT + 12
+        evidence = step.evidence()
+        step.close()
+    assert evidence == {
+        "mode": "default",
+        "compiled_graphs": 1,
+        "graph_breaks": 0,
+        "graph_break_reasons": [],
+        "recompilations": 0,
+        "cudagraph_skips": 0,
+        "rerecorded": False,
+    }
+    assert compiling(evidence) == []
+
+
+def test_compiling_begins_with_a_stage_that_says_how_long_it_takes(small: Architecture, dynamo: None) -> None:
+    backend = Traceable(setup(small, cache="static"))
+    with torch.inference_mode():
+        measured = run(backend, execution="compile")
+    stages = [rest[0] for what, *rest in backend.asked if what == "stage"]
+    [told] = [stage for stage in stages if stage.startswith(LONG)]
+    assert told == "build compiled step (default, kept; minutes the first time)"
+    assert stages.index("prefill") < stages.index(told) < stages.index("measure")
+    assert measured["execution"]["proof_steps"] == STEPS_A_PASS
+    assert measured["passes_agree"] is True
+
+
+class CountsOnTheHost(OnTheHost):
+    """Where a CUDA graph freezes the position, Dynamo follows it."""
+
+    def decode_step(self, token: Tensor) -> Tensor:
+        logits = self.logits(token, self.place)
+        self.place += 1
+        return logits
+
+    def position(self) -> int:
+        return self.place
+
+
+def test_a_position_on_the_host_may_be_compiled(
+    small: Architecture, dynamo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for the first position and once for all others, both before the proof and within `compile_s`."""
+    done: list[Compilations] = []
+
+    def proving(*arguments: Any) -> dict[str, Any]:
+        done.append(Compilations.now())
+        found = prove(*arguments)
+        done.append(Compilations.now())
+        return found
+
+    monkeypatch.setattr("registry.execution.prove", proving)
+    with torch.inference_mode():
+        step = compiled(CountsOnTheHost, small)
+        step.prepare()
+        before, after = done
+        assert after == before
+        assert tokens(step, 12) == following(step.first_token.tolist(), 12)[1:]
+        assert step.evidence()["recompilations"] == 0, "compiled for any position before the window"
+        step.close()
+
+
+class TellsHowFar(CountsOnTheHost):
+    furthest = 0
+
+    def seek(self, position: int) -> None:
+        self.furthest = max(self.furthest, self.place)
+        super().seek(position)
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_compiling_takes_no_more_room_than_there_is(small: Architecture, dynamo: None, room: int) -> None:
+    with torch.inference_mode():
+        step = compiled(TellsHowFar, small, room=room)
+        assert step.prepare()["proof_steps"] == room
+        assert step.backend.furthest == CONTEXT + room  # type: ignore[attr-defined]
+        step.close()
+
+
+def test_a_process_may_compile_many_steps(small: Architecture, dynamo: None) -> None:
+    """Dynamo compiles one piece of code eight times, and a step's is the same for every backend."""
+    with torch.inference_mode():
+        for _ in range(10):
+            step = compiled(Traceable, small, room=2)
+            step.prepare()
+            assert (step.evidence()["compiled_graphs"], step.evidence()["graph_breaks"]) == (1, 0)
+        step.close()
+
+
+LATE = PROOF_STEPS + 2
+
+
+class ChangesLate(CountsOnTheHost):
+    """Takes another path once it is further in than the proof looks."""
+
+    def decode_step(self, token: Tensor) -> Tensor:
+        logits = super().decode_step(token)
+        return logits * 2 if self.place > CONTEXT + LATE else logits
+
+
+def test_a_recompilation_inside_the_window_is_told(small: Architecture, dynamo: None) -> None:
+    with torch.inference_mode():
+        measured = run(
+            ChangesLate(setup(small, cache="static")), replace(PROTOCOL, measured_steps=LATE + 4), "compile"
+        )
+    assert measured["execution"]["recompilations"] == 1, "the second pass met it compiled"
+    assert measured["execution"]["graph_breaks"] == 0
+    assert compiling(measured["execution"]) == [
+        "recompilations while steps were timed: 1; those steps hold the compiler's time"
+    ]
+
+
+class AsksTheHost(Traceable):
+    def decode_step(self, token: Tensor) -> Tensor:
+        return super().decode_step(token) + 0 * float(token[0])
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize(("kind", "what"), [(AsksTheHost, "Tensor.item()"), (Counter, "gc.isenabled")])
+def test_graph_breaks_are_told_with_their_reasons(
+    small: Architecture, dynamo: None, kind: type[Counter], what: str
+) -> None:
+    with torch.inference_mode():
+        step = compiled(kind, small)
+        step.backend.telling = False  # type: ignore[attr-defined]
+        step.prepare()
+        assert tokens(step, 6) == following(step.first_token.tolist(), 6)[1:]
+        evidence = step.evidence()
+        step.close()
+    assert evidence["graph_breaks"] > 0
+    [told] = compiling(evidence)
+    assert told.startswith(f"graph breaks: {evidence['graph_breaks']}; Python runs between the ")
+    reasons = evidence["graph_break_reasons"]
+    assert all(reason and "\n" not in reason and reason in told for reason in reasons)
+    assert any(what in reason for reason in reasons), reasons
+
+
+@pytest.mark.filterwarnings("ignore")  # of Inductor's own modules
+def test_a_mode_that_promises_graphs_tells_that_there_are_none(small: Architecture) -> None:
+    """On the CPU there never are: the warning is what a cell of this mode gets there."""
+    with torch.inference_mode():
+        step = compiled(Traceable, small, "reduce-overhead")
+        step.prepare()
+        assert tokens(step, 6) == following(step.first_token.tolist(), 6)[1:]
+        evidence = step.evidence()
+        step.close()
+    assert evidence["cudagraph_skips"] == 1
+    assert compiling(evidence) == [
+        "CUDA graphs skipped: 1; mode reduce-overhead promises them, and Python launched what it skipped"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of Inductor's own modules
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", COMPILE_MODES)
+def test_transformers_step_compiles_whole_in_every_mode_on_cuda(architecture: Architecture, mode: str) -> None:
+    """One graph; where the mode records CUDA graphs none is skipped, none is recorded while steps are timed, and
+    none is left to hold memory."""
+    from torch._inductor.cudagraph_trees import get_manager
+
+    backend = HfBackend(setup(architecture, "cuda", "static"))
+    with torch.inference_mode():
+        backend.load(CONTEXT + STEPS_A_PASS)
+        launched = ExecutionConfig("compile", "compile", "static", mode)
+        measured = measure(backend, launched, PROTOCOL, 20.5, lambda _: None)
+        backend.close()
+    execution = measured["execution"]
+    assert compiling(execution) == []
+    assert execution["compiled_graphs"] == 1
+    assert execution["proof_correlation"] >= MIN_CORRELATION
+    assert measured["final_position"] == CONTEXT + STEPS_A_PASS
+    assert get_manager(torch.cuda.current_device(), create_if_none_exists=False) is None
+
+
+class Miscompiled(Traceable):
+    """Other logits where it is compiled, of the same choice."""
+
+    def logits(self, token: Tensor, position: Any) -> Tensor:
+        logits = super().logits(token, position)
+        if torch.compiler.is_compiling():
+            logits[:, ::2] += 0.1
+        return logits
+
+
+def test_a_compiled_step_that_is_not_eager_s_is_incorrect(small: Architecture, dynamo: None) -> None:
+    with torch.inference_mode(), pytest.raises(Refused) as caught:
+        compiled(Miscompiled, small).prepare()
+    assert caught.value.refusal.outcome is Outcome.INCORRECT
+    assert caught.value.refusal.reason.startswith("the compiled step's logits correlate by 0.8")
+    assert f"{MIN_CORRELATION} is the least" in caught.value.refusal.reason
+
+
+def fails(message: str, error: type[Exception] = RuntimeError) -> Any:
+    """A compiler that says this and no more."""
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        raise error(message)
+
+    return compiler
+
+
+COMPILER_SAYS = """C++ compile error
+
+Command:
+g++ step.cpp
+
+Output:
+step.cpp:7:3: error: 'half2' was not declared in this scope
+compilation terminated.
+"""
+
+
+@pytest.mark.parametrize(
+    ("message", "outcome", "reason", "remedy"),
+    [
+        (
+            COMPILER_SAYS,
+            Outcome.UNSUPPORTED,
+            "the step cannot be compiled: step.cpp:7:3: error: 'half2' was not declared in this scope",
+            "Use execution=eager",
+        ),
+        (
+            "no lowering for aten::odd\n  target: aten::odd",
+            Outcome.UNSUPPORTED,
+            "the step cannot be compiled: no lowering for aten::odd",
+            "Use execution=eager",
+        ),
+        (
+            "In a subprocess:\nTraceback (most recent call last):\n  at 1\nOutOfResources: shared",
+            Outcome.UNSUPPORTED,
+            "the step cannot be compiled: OutOfResources: shared",
+            "Use execution=eager",
+        ),
+        (
+            "No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
+            Outcome.MISSING_DEPENDENCY,
+            "torch.compile lacks a compiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: "
+            "(None, 'g++')",
+            "Install g++, or name a C++ compiler in CXX",
+        ),
+        (
+            "Traceback (most recent call last):\nRuntimeError: Failed to find C compiler. Please specify via CC",
+            Outcome.MISSING_DEPENDENCY,
+            "torch.compile lacks a compiler: RuntimeError: Failed to find C compiler. Please specify via CC",
+            "Install gcc, or name a C compiler in CC",
+        ),
+    ],
+)
+def test_a_failed_compilation_is_told_by_the_compiler_s_last_word(
+    small: Architecture, monkeypatch: pytest.MonkeyPatch, message: str, outcome: Outcome, reason: str, remedy: str
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fails(message)))
+    with torch.inference_mode(), pytest.raises(Refused) as caught:
+        compiled(Traceable, small).prepare()
+    assert caught.value.refusal == Refusal(outcome, reason, remedy)
+
+
+def test_memory_that_runs_out_in_a_compilation_is_no_failed_compilation(
+    small: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = fails("CUDA out of memory", torch.OutOfMemoryError)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    with torch.inference_mode(), pytest.raises(torch.OutOfMemoryError):
+        compiled(Traceable, small).prepare()
+
+
+def test_a_step_of_which_nothing_is_compiled_is_unsupported(
+    small: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda step, mode: step)  # as TORCHDYNAMO_DISABLE has it
+    with torch.inference_mode(), pytest.raises(Refused, match="compiled nothing of the step") as caught:
+        compiled(Traceable, small).prepare()
+    assert caught.value.refusal.outcome is Outcome.UNSUPPORTED
 
 
 # Fidelity

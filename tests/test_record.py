@@ -70,6 +70,7 @@ def made_up_answer(**changes: Any) -> dict[str, Any]:
         "peak_memory_bytes": 2_500_000_000,
         "decode_peak_memory_bytes": 1_250_000_000,
         "fidelity": {"logit_cosine": 0.9995, "top1_agreement": 0.96875},
+        "execution": {},
         "kernels": {"void marlin::Marlin<__nv_bfloat16>(int4 const*)": 196},
         "device_before": {"sm_clock_mhz": 2000, "sm_clock_max_mhz": 2040, "throttled": []},
         "device_after": {"sm_clock_mhz": 2000, "sm_clock_max_mhz": 2040, "throttled": []},
@@ -496,6 +497,50 @@ def test_a_first_visit_that_is_15_percent_dearer_is_told(cell: Cell, again: floa
     assert [
         w.startswith(f"first visit: a step took 2.30 ms, over the same positions again {again}") for w in found
     ] == ([True] if told else [])
+
+
+COMPILED = {
+    "compile_s": 61.5,
+    "mode": "reduce-overhead",
+    "compiled_graphs": 3,
+    "graph_breaks": 0,
+    "graph_break_reasons": [],
+    "recompilations": 0,
+    "cudagraph_skips": 0,
+    "rerecorded": False,
+}
+"""What the record says of a step of which torch.compile made what it was asked for."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, []),
+        (
+            {"recompilations": 2},
+            ["recompilations while steps were timed: 2; those steps hold the compiler's time"],
+        ),
+        (
+            {"rerecorded": True},
+            ["CUDA graphs were recorded while steps were timed; those steps hold the recording's time"],
+        ),
+        (
+            {"graph_breaks": 4, "graph_break_reasons": ["Unsupported a", "Unsupported b"]},
+            ["graph breaks: 4; Python runs between the 3 graphs compiled of a step (Unsupported a; Unsupported b)"],
+        ),
+        (
+            {"cudagraph_skips": 1},
+            ["CUDA graphs skipped: 1; mode reduce-overhead promises them, and Python launched what it skipped"],
+        ),
+    ],
+)
+def test_what_a_compiled_step_did_otherwise_is_told(cell: Cell, changes: dict[str, Any], told: list[str]) -> None:
+    assert warnings(cell, execution=COMPILED | changes) == told
+
+
+def test_seconds_of_compiling_are_a_figure_where_there_are_some(cell: Cell) -> None:
+    assert metrics.metrics(cell, made_up_answer(execution=COMPILED))["compile_s"] == 61.5
+    assert "compile_s" not in metrics.metrics(cell, made_up_answer())
 
 
 @pytest.mark.parametrize(("gpu", "told"), [("gpu.memory_gb=8", 1), ("gpu.peak_bandwidth_gbs=0.5", 0)])

@@ -6,8 +6,10 @@ Each sweep runs once and is shared by the tests that look at it.
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
+from planning import CPU, Plan
 from sweeps import (
     PATIENCE_S,
     Start,
@@ -17,7 +19,11 @@ from sweeps import (
     assert_told,
     marked,
     wait_for,
+    words,
 )
+
+from registry.cache import KERNELS
+from registry.run import _environment
 
 # sqlalchemy about what MLflow does
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
@@ -129,6 +135,67 @@ def test_an_axis_s_own_options_hold_for_each_of_its_cells(start: Start) -> None:
     assert sweep.code == 0, sweep.stderr
     found = [(record["outcome"], record["config"]["quant"]["options"]) for record in sweep.records()]
     assert found == [("unsupported", {"block_size": 128, "levels": "nf4", "double_quant": False})] * 2
+
+
+# A compiled step
+
+
+@pytest.fixture(scope="module")
+def compiled(start: Start) -> Sweep:
+    return start("execution=compile", "model.layers=1").end()
+
+
+def test_a_compiled_step_is_measured(compiled: Sweep) -> None:
+    record = compiled.record("hf", "compile")
+    assert_told(compiled, record, "ok", "", "")
+    assert_logged(compiled, record)
+    assert record["config"]["execution"] == {
+        "name": "compile",
+        "launch": "compile",
+        "cache": "static",
+        "mode": "default",
+    }
+    execution = record["measured"]["execution"]
+    assert (execution["compiled_graphs"], execution["graph_breaks"], execution["recompilations"]) == (1, 0, 0)
+    assert execution["proof_correlation"] > 0.999
+    assert not [warning for warning in record["warnings"] if "compil" in warning]
+    assert compiled.runs()[record["record_id"]].data.metrics["compile_s"] == execution["compile_s"] > 0
+
+
+def test_a_compilation_is_announced_and_kept(compiled: Sweep) -> None:
+    assert "build compiled step (default, kept; minutes the first time)" in words(compiled.stderr)
+    assert list(compiled.folder.glob("cache/python*-torch*/inductor/fxgraph/*"))
+    assert_nothing_left(compiled)
+
+
+def test_no_compiler_is_a_missing_dependency(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    sweep = start("execution=compile", "model.layers=1").end()
+    record = sweep.record("hf", "compile")
+    assert_told(
+        sweep,
+        record,
+        "missing_dependency",
+        r"^torch\.compile lacks a compiler: No working C\+\+ compiler found .*/no/such/compiler",
+        r"^Install g\+\+, or name a C\+\+ compiler in CXX$",
+    )
+    assert "Traceback" in sweep.log(record)
+    assert_nothing_left(sweep)
+
+
+def test_compilers_keep_what_they_make_in_the_cache_unless_told_otherwise(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = plan("model=tiny", f"cache.folder={tmp_path}", "gpu=cpu", "execution=compile", device=CPU)
+    for name in KERNELS:
+        monkeypatch.delenv(name, raising=False)
+    found = _environment(cell)
+    root = tmp_path / f"python{cell.versions['python']}-torch{cell.versions['torch']}"
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == str(root / "inductor")
+    assert found["TRITON_CACHE_DIR"] == str(root / "triton")
+    assert len({found[name] for name in KERNELS}) == len(KERNELS)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert _environment(cell)["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
 
 
 # Hanging, and signals

@@ -39,6 +39,21 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
         "launches its exllamav2 kernel on CUDA's default stream, which no graph captures",
         "Use execution=eager",
     ),
+    "a kernel that torch.compile cannot follow": (
+        ["quant=gptq-exllamav2", "execution=compile"],
+        "exllamav2 kernel hangs on a handle that torch.compile cannot follow",
+        "Use execution=eager",
+    ),
+    "a compilation of a runtime with a body of its own": (
+        ["quant=exl2", "execution=compile"],
+        "'exllamav2' cannot be launched by execution=compile",
+        "It declares eager",
+    ),
+    "a compilation under an old transformers": (
+        ["quant=autoawq", "execution=compile"],
+        "'autoawq' cannot be launched by execution=compile",
+        "It declares eager, cuda_graph",
+    ),
     "a kernel that gives NaNs": (["quant=awq-gemv"], "gives NaNs for more than 8 rows", "marlin or gemm"),
     "a graph of a runtime whose cache is on the host": (
         ["quant=exl2", "execution=cuda_graph"],

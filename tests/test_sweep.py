@@ -316,6 +316,43 @@ def test_a_captured_step_needs_cuda(plan: Plan) -> None:
     assert "needs a CUDA device, this one is the CPU" in refusal.reason
 
 
+RECORDING = ["compile-reduce-overhead", "compile-max-autotune"]
+
+
+@pytest.mark.parametrize("execution", ["compile", *RECORDING])
+def test_a_variant_says_which_launch_it_is(plan: Plan, execution: str) -> None:
+    cell = plan(f"execution={execution}")
+    assert cell.refusal is None
+    assert cell.config.execution.launch == "compile"
+    assert cell.config.execution.name == execution
+    assert f" {execution} " in cell.label
+
+
+@pytest.mark.parametrize("execution", RECORDING)
+def test_graphs_that_torch_compile_records_need_a_static_cache(plan: Plan, execution: str) -> None:
+    dynamic = (f"execution={execution}", "execution.cache=dynamic")
+    refusal = refused(plan(*dynamic), Outcome.UNSUPPORTED)
+    assert "would record a CUDA graph for every length of a dynamic cache" in refusal.reason
+    assert refusal.remedy == "Use execution.cache=static, or execution.mode=default"
+    assert plan(*dynamic, "execution.mode=max-autotune-no-cudagraphs").refusal is None
+    assert plan(*dynamic, "gpu=cpu").refusal is None, "on the CPU none is recorded"
+    assert plan("execution=compile", "execution.cache=dynamic").refusal is None
+
+
+def test_graphs_that_torch_compile_records_need_a_step_that_can_be_captured(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backends.quant.none import NoQuant
+
+    monkeypatch.setattr(NoQuant, "executions", ("eager", "compile"))
+    assert plan("execution=compile").refusal is None
+    refusal = refused(plan("execution=compile-reduce-overhead"), Outcome.UNSUPPORTED)
+    assert refusal.reason == (
+        "the quant plugin 'none' cannot be captured, and execution.mode=reduce-overhead records CUDA graphs"
+    )
+    assert refusal.remedy == "Use execution.mode=default"
+
+
 @pytest.mark.parametrize("execution", ["execution=cuda_graph", "execution.cache=static"])
 def test_the_flash_kernel_needs_a_dynamic_cache_on_cuda(plan: Plan, execution: str) -> None:
     assert plan("attention=sdpa-flash").refusal is None
@@ -413,6 +450,7 @@ CUDA_ONLY, CPU_ONLY = ("cuda",), ("cpu",)
         ([], H200, {"devices": CPU_ONLY}, "'made-up' runs on cpu, this device is cuda"),
         ([], H200, {"min_capability": (10, 0)}, "needs compute capability 10.0, this device has 9.0"),
         (["execution=cuda_graph"], H200, {}, "'made-up' cannot be launched by execution=cuda_graph"),
+        (["execution=compile"], H200, {}, "'made-up' cannot be launched by execution=compile"),
         (["execution.cache=static"], H200, {"caches": ("dynamic",)}, "works on a dynamic cache, not on a static one"),
         (["model=llama-3.1-8b"], replace(H200, memory_bytes=10**10), {"check": NO}, "it says no"),
     ],
@@ -503,6 +541,8 @@ def test_whatever_changes_a_measurement_changes_its_identity(plan: Plan, monkeyp
         ["protocol.measured_steps=31"],
         ["protocol.threads=1"],
         ["execution=cuda_graph"],
+        ["execution=compile"],
+        ["execution=compile-reduce-overhead"],
         ["execution.cache=static"],
         ["attention=sdpa-math"],
         ["quant=nf4"],
@@ -572,7 +612,16 @@ def test_sources_that_cannot_be_parsed_have_an_identity(
 
 def test_the_measuring_code_is_part_of_every_identity_and_the_reporting_code_of_none() -> None:
     names = {file.name for file in identity._reachable(identity.WORKER)}
-    assert {"worker.py", "measure.py", "execution.py", "fidelity.py", "api.py", "hosting.py", "weights.py"} <= names
+    assert {
+        "worker.py",
+        "measure.py",
+        "execution.py",
+        "proof.py",
+        "fidelity.py",
+        "api.py",
+        "hosting.py",
+        "weights.py",
+    } <= names
     assert not {"display.py", "tracking.py", "sweep.py", "cli.py", "testing.py"} & names
 
 

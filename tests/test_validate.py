@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from registry import validate as rules
 from registry.compose import Composer
 from registry.outcome import BadInput
-from registry.schema import GROUPS, Config, GpuConfig
+from registry.schema import COMPILE_MODES, GROUPS, Config, GpuConfig
 from registry.validate import redact, validate, validate_profile
 
 LARGEST = 9223372036854775807
@@ -102,7 +102,12 @@ BAD = [
     ("model.rms_norm_eps", -1e-6, "model.rms_norm_eps=-1e-06: more than 0"),
     ("model.model_type", "lama", "model.model_type=lama: did you mean llama? Known: llama, mistral, qwen2"),
     ("model.qkv_bias", False, "model.qkv_bias=False: a qwen2 has biases on q, k and v"),
-    ("execution.name", "eagr", "execution.name=eagr: did you mean eager?"),
+    ("execution.launch", "eagr", "execution.launch=eagr: did you mean eager?"),
+    (
+        "execution.mode",
+        "reduce-overhead",
+        "execution.mode=reduce-overhead: a mode is torch.compile's, and execution=eager has none",
+    ),
     ("execution.cache", "statik", "execution.cache=statik: did you mean static?"),
     ("quant.weight_bits", 0.0, "quant.weight_bits=0.0: more than 0 and at most 32"),
     ("quant.weight_bits", 32.5, "quant.weight_bits=32.5: more than 0 and at most 32"),
@@ -119,6 +124,32 @@ def test_a_value_out_of_range_is_refused_in_words(config: Config, key: str, valu
     told = refusal(config)
     assert told.startswith(message)
     assert "; " not in told, "one mistake is told once"
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [
+        (
+            "reduce_overhead",
+            "did you mean reduce-overhead? Known: default, max-autotune, max-autotune-no-cudagraphs, ",
+        ),
+        ("lite", "Known: default, max-autotune, max-autotune-no-cudagraphs, reduce-overhead"),
+        (None, "Known: default, max-autotune"),
+    ],
+)
+def test_a_mode_that_torch_compile_does_not_have_is_refused(composer: Composer, mode: str | None, told: str) -> None:
+    compiled = composer.cell(["execution=compile"])
+    validate(compiled)
+    compiled.execution.mode = mode
+    assert refusal(compiled).startswith(f"execution.mode={mode}: {told}")
+
+
+def test_every_mode_is_torch_s_own() -> None:
+    """A mode that torch no longer had, or one whose CUDA graphs it gave up, would be promised and not given."""
+    from torch._inductor import list_mode_options
+
+    for mode, graphs in COMPILE_MODES.items():
+        assert list_mode_options(mode).get("triton.cudagraphs", False) is graphs
 
 
 GOOD = [
@@ -409,7 +440,10 @@ def test_redact_leaves_nothing_of_any_password(password: str, shape: str) -> Non
 
 
 def test_the_constants_are_those_of_the_configuration(composer: Composer) -> None:
-    assert set(composer.options("execution")) <= set(rules.EXECUTIONS)
+    cells = [composer.cell([f"execution={name}"]).execution for name in composer.options("execution")]
+    assert {execution.launch for execution in cells} == set(rules.EXECUTIONS)
+    assert {execution.name for execution in cells} == set(composer.options("execution"))
+    assert {execution.mode for execution in cells} <= {None, *COMPILE_MODES}
     types = {composer.cell([f"model={name}"]).model.model_type for name in composer.options("model")}
     assert types <= set(rules.MODEL_TYPES) == set(rules.BIASES)
 

@@ -42,7 +42,7 @@ class Sdpa(AttentionKernel):
     PyTorch does it; what that costs the host is part of the eager figure and absent from a graph.
     """
 
-    executions = ("eager", "cuda_graph")
+    executions = ("eager", "cuda_graph", "compile")
     needs_mask = True
     Options = SdpaOptions
 

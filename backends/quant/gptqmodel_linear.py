@@ -48,7 +48,7 @@ class Kernel:
     casts: bool = False
     rows: int = ROWS
     whole_groups: bool = False
-    executions: tuple[str, ...] = ("eager", "cuda_graph")
+    executions: tuple[str, ...] = ("eager", "cuda_graph", "compile")
 
     def multiple(self, group_size: int) -> int:
         """What output features have to be a multiple of."""
@@ -89,7 +89,7 @@ class GroupwiseLinear(GroupwiseLayout, LinearFormat):
     """
 
     requires = (Requirement("gptqmodel>=7.6,<7.7", "pip install -e '.[gptq]'"),)
-    executions = ("eager", "cuda_graph")
+    executions = ("eager", "cuda_graph", "compile")
     Options = KernelOptions
     kernels: ClassVar[dict[str, Kernel]]
 
@@ -108,7 +108,9 @@ class GroupwiseLinear(GroupwiseLayout, LinearFormat):
             )
         if request.execution not in kernel.executions:
             raise unsupported(
-                f"gptqmodel launches its {o.kernel} kernel on CUDA's default stream, which no graph captures",
+                f"gptqmodel launches its {o.kernel} kernel on CUDA's default stream, which no graph captures"
+                if request.execution == "cuda_graph"
+                else f"gptqmodel's {o.kernel} kernel hangs on a handle that torch.compile cannot follow",
                 f"Use execution={' or '.join(kernel.executions)}, or another quant.options.kernel",
             )
         for name, (_, tall) in request.architecture.linear_shapes.items():

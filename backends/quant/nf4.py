@@ -42,7 +42,7 @@ class Nf4(LinearFormat):
     """bitsandbytes' `Linear4bit`."""
 
     requires = (Requirement("bitsandbytes>=0.50", "pip install -e '.[nf4]'"),)
-    executions = ("eager", "cuda_graph")
+    executions = ("eager", "cuda_graph", "compile")
     Options = Nf4Options
 
     @classmethod

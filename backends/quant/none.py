@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class NoQuant(LinearFormat):
     """The model's own dtype, torch's own product."""
 
-    executions = ("eager", "cuda_graph")
+    executions = ("eager", "cuda_graph", "compile")
 
     def convert(self, linear: nn.Linear) -> nn.Module:
         """See `LinearFormat.convert`: the layer itself."""

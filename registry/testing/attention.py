@@ -16,7 +16,7 @@ from registry.api import (
     Refused,
 )
 from registry.testing.contract import Contract, gpu
-from registry.testing.tensors import assert_close, capture, no_synchronisation
+from registry.testing.tensors import assert_close, capture, no_synchronisation, traced
 from registry.validate import CACHES
 
 if TYPE_CHECKING:
@@ -175,6 +175,26 @@ class AttentionKernelContract(Contract):
                     assert_close(out, call.reference(), what, self.cosine, self.relative_error)
         if not served:
             pytest.skip(f"{self.plugin.__name__} refuses the static cache")
+
+    @pytest.mark.parametrize("cache", CACHES)
+    def test_decode_can_be_compiled(self, cache: str) -> None:
+        """A call that torch.compile has traced attends at every length: to a static cache's rows by what it is given.
+
+        One shape, for each takes a while.
+        """
+        import torch
+
+        if "compile" not in self.plugin.executions:
+            pytest.skip(f"{self.plugin.__name__} does not declare compile")
+        planned = self.plan(self.groups[-1], self.head_dims[-1], cache, 1, "compile", self.place())
+        if planned is None:
+            pytest.skip(f"{self.plugin.__name__} refuses the {cache} cache or the shape")
+        with torch.inference_mode(), traced(planned.kernel.decode) as decode:
+            for length in self.lengths:
+                call = planned.call(length)
+                out = decode(call.q, call.k, call.v, kv_len=call.kv_len, scale=call.scale, mask=call.mask)
+                what = f"{planned}: the compiled call, given {length} valid rows, does not attend to those"
+                assert_close(out, call.reference(), what, self.cosine, self.relative_error)
 
 
 @dataclass(frozen=True)

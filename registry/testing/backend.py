@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +20,7 @@ from registry.api import (
     Setup,
 )
 from registry.checkpoint import expected_tensors
+from registry.execution import Compiled
 from registry.plugins import Catalog
 from registry.testing.contract import Contract, gpu, skip_without
 from registry.testing.tensors import (
@@ -58,6 +60,7 @@ class BackendContract(Contract):
         buffer_bytes: Bytes that the backend may hold besides weights and cache (frequencies, counters,
             workspaces).
         kv_element_bytes: Bytes of a cached number; `None` is that of `dtype`.
+        compiles: Whether to compile a step, which takes seconds: one suite of a plugin is enough.
     """
 
     kind: ClassVar[type[Plugin]] = Backend
@@ -69,6 +72,7 @@ class BackendContract(Contract):
     repeat_tolerance: ClassVar[float] = 0.0
     buffer_bytes: ClassVar[int] = 2048
     kv_element_bytes: ClassVar[int | None] = None
+    compiles: ClassVar[bool] = True
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run a test that asks for a cache, a format or a batch size once for each that is served."""
@@ -396,6 +400,40 @@ class BackendContract(Contract):
                 f"{beside} bytes are held beside weights(), the cache takes {self.cache_bytes(backend)} "
                 f"and buffers may take {self.buffer_bytes}"
             )
+
+    def test_step_can_be_compiled(self) -> None:
+        """A compiled step decodes what the eager step does, and does it again after a seek.
+
+        One format, one stream, one layer: a compilation takes seconds, and a cell's own is proven before it is timed.
+        """
+        if "compile" not in self.plugin.executions:
+            pytest.skip(f"{self.plugin.__name__} does not declare compile")
+        if not self.compiles:
+            pytest.skip("another suite of the plugin compiles its step")
+        cache = "static" if "static" in self.plugin.caches else self.plugin.caches[0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self, "architecture", self.architecture.cut(1))
+            with self.serving(cache, self.hosted()[0], execution="compile") as backend, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the compiler's, which are not the plugin's
+                tokens, logits = self.decode(backend, 1, self.steps)
+                token = tokens[:, self.prompt_tokens]
+                compiled = Compiled(backend, token, self.prompt_tokens, self.steps, "default")
+                try:
+                    compiled.prepare()
+                    for visit in ("", " after a seek"):
+                        compiled.rewind()
+                        for index in range(1, self.steps + 1):
+                            what = f"compiled step {index}{visit} does not give the logits of the eager step"
+                            assert_close(compiled.launch(), logits[:, index], what, self.cosine, self.relative_error)
+                            compiled.feed(logits[:, index].argmax(-1))
+                        position = backend.position()
+                        assert position == self.capacity, (
+                            f"position() is {position} after {self.steps} compiled steps"
+                        )
+                except Refused as refused:
+                    raise AssertionError(f"the step does not compile: {refused}") from refused
+                finally:
+                    compiled.close()
 
     def cache_bytes(self, backend: Any) -> int:
         """Bytes that the cache of one stream takes now."""

@@ -22,6 +22,7 @@ from registry.testing.tensors import (
     given,
     new_tensors,
     no_synchronisation,
+    traced,
 )
 
 if TYPE_CHECKING:
@@ -232,6 +233,23 @@ class LinearFormatContract(Contract):
                 want = layer.module(x)
                 what = f"{layer.what}: the replayed product differs from the eager one"
                 assert_close(out, want, what, self.cosine, self.relative_error)
+
+    def test_product_can_be_compiled(self) -> None:
+        """A product that torch.compile has traced, be it in parts, is the eager one, with the next input too."""
+        import torch
+
+        if "compile" not in self.plugin.executions:
+            pytest.skip(f"{self.plugin.__name__} does not declare compile")
+        try:
+            self.plugin.check(self.request(self.place(), quant=self.name, execution="compile", cache="static"))
+        except Refused as refused:
+            pytest.skip(f"refused: {refused}")
+        for layer in self.layers(bias=True):
+            with torch.inference_mode(), traced(layer.module) as product:
+                for factor in (1, 2):
+                    x = self.inputs(layer, 1) * factor
+                    what = f"{layer.what}: the compiled product differs from the eager one"
+                    assert_close(product(x), layer.module(x), what, self.cosine, self.relative_error)
 
 
 @dataclass(frozen=True)

@@ -121,3 +121,19 @@ def capture(step: Callable[[], Tensor]) -> tuple[Any, Tensor]:
     except RuntimeError as error:
         raise AssertionError(f"the step cannot be captured into a CUDA graph: {error}") from error
     return graph, out
+
+
+@contextmanager
+def traced(call: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
+    """`call` as torch.compile sees it, its graphs run as they are: Inductor's own code would take seconds."""
+    import torch
+
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler's, which are not the plugin's
+        try:
+            yield torch.compile(call, backend="aot_eager")
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise AssertionError(f"it cannot be compiled: {error}") from error
+        finally:
+            torch.compiler.reset()
