@@ -108,16 +108,16 @@ class ProtocolConfig:
     """What is done, how often, and for how long at most."""
 
     name: str = MISSING
-    measures: str = "step"
     context: int = MISSING
     batch_size: int = MISSING
     warmup_steps: int = MISSING
     measured_steps: int = MISSING
-    sessions: int = 1
     seed: int = MISSING
     timeout_s: float = MISSING
     threads: int | None = None
     profiled_steps: int = 0
+    sessions: int = 1
+    measures: str = "step"
 
 
 @dataclass

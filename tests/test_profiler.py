@@ -18,6 +18,7 @@ from registry.api import Architecture, Backend
 from registry.measure import measure
 from registry.profile import Interval, doubts, figures
 from registry.profiler import BLOCK_STEPS, LEAD, LEAD_STEPS, STEP, TRACED_STEPS, blocks, intervals
+from registry.schema import ExecutionConfig
 
 # sqlalchemy about what MLflow does
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
@@ -33,7 +34,8 @@ def small(architecture: Architecture) -> Architecture:
 def run(backend: Backend, steps: int, execution: str = "eager", trace: Path | None = None, **changes: Any) -> Any:
     protocol = replace(PROTOCOL, profiled_steps=steps, **changes)
     with torch.inference_mode():
-        return measure(backend, execution, protocol, 20.5, lambda name: told(backend, name), trace)
+        launched = ExecutionConfig(execution, execution, backend.setup.cache)
+        return measure(backend, launched, protocol, 20.5, lambda name: told(backend, name), trace)
 
 
 def told(backend: Any, name: str) -> None:
