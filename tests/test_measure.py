@@ -678,7 +678,8 @@ def test_graph_breaks_are_told_with_their_reasons(
         evidence = step.evidence()
         step.close()
     assert evidence["graph_breaks"] > 0
-    [told] = compiling(evidence)
+    # The counter's list grows step by step, on which Dynamo may or may not compile again: another warning's matter.
+    [told] = [warning for warning in compiling(evidence) if warning.startswith("graph breaks")]
     assert told.startswith(f"graph breaks: {evidence['graph_breaks']}; Python runs between the ")
     reasons = evidence["graph_break_reasons"]
     assert all(reason and "\n" not in reason and reason in told for reason in reasons)
