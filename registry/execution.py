@@ -10,8 +10,9 @@ import traceback
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from registry.capture import capture
 from registry.compiling import Compilations, refusal
-from registry.outcome import Outcome, Refused, unsupported
+from registry.outcome import unsupported
 from registry.proof import eager_logits, prove
 from registry.schema import COMPILE_MODES
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from registry.api import Backend
 
-CAPTURE_WARMUPS = 3
-"""Side-stream steps before a capture, as PyTorch's documentation of CUDA graphs asks for."""
 SETTLED = 2
 """Steps in a row in which torch.compile did nothing, after which it is taken to be done."""
 MOST_COMPILING = 24
@@ -116,30 +115,15 @@ class CudaGraph(Execution):
             Refused: `incorrect` if the replayed tokens are not eager's, `unsupported` if the step cannot be
                 captured.
         """
-        import torch
-
         expected = eager_logits(self)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(CAPTURE_WARMUPS):
-                self.rewind()
-                self._step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.rewind()
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self.graph):
-                self._step()
-        except RuntimeError as error:
-            raise Refused(
-                Outcome.UNSUPPORTED,
-                f"the step cannot be captured: {str(error).splitlines()[0]}",
-                "Use execution=eager",
-            ) from error
+        self.graph = capture("the step", self._warm_up, self._step)
         proof = prove(self, self._replay, expected, "the replayed graph", ": it has to live on the device")
         self.replays = 0
         return proof
+
+    def _warm_up(self) -> None:
+        self._step()
+        self.rewind()
 
     def _step(self) -> None:
         self.logits = self.backend.decode_step(self.token)

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.schema import what_is_measured
+from registry.schema import UNTIMED, what_is_measured
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -36,10 +36,8 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
         Sixteen hexadecimal digits.
     """
     resolved = what_is_measured(config)
-    del resolved["protocol"]["timeout_s"]
-    # A profile comes after the last timed step, where the kernels' names are looked up in every run anyway: what is
-    # measured, and every figure of it, is the same with and without.
-    del resolved["protocol"]["profiled_steps"]
+    for key in UNTIMED:
+        del resolved["protocol"][key]
     identity = {
         "config": resolved,
         "sources": {name: source_digest(name) for name in sorted({WORKER, *modules})},

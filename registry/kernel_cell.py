@@ -13,6 +13,7 @@ import math
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from registry.capture import capture
 from registry.kernels import seen
 from registry.measure import event_pass, quiet, wall_pass
 from registry.outcome import Outcome, Refused
@@ -153,24 +154,15 @@ def _captured(call: Callable[[tuple[Tensor, Tensor]], Tensor], caches: list[tupl
     """
     import torch
 
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for cache in caches[:3]:
-            call(cache)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     expected = call(caches[-1]).clone()
-    try:
-        with torch.cuda.graph(graph):
-            for cache in caches:
-                out = call(cache)
-    except RuntimeError as error:
-        raise Refused(
-            Outcome.UNSUPPORTED,
-            f"a call of the kernel cannot be captured: {str(error).splitlines()[0]}",
-            "Use execution=eager",
-        ) from error
+    out, rotation = expected, cycle(caches)
+
+    def every() -> None:
+        nonlocal out
+        for cache in caches:
+            out = call(cache)
+
+    graph = capture("a call of the kernel", lambda: call(next(rotation)), every)
     out.zero_()
     graph.replay()
     if not torch.allclose(out.float(), expected.float(), rtol=0, atol=MAX_ERROR * float(expected.abs().max())):

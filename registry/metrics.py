@@ -73,11 +73,12 @@ def kernel_metrics(cell: Cell, measured: Mapping[str, Any]) -> dict[str, float]:
         Microseconds a call, milliseconds over the model's layers, bytes, GB/s (decimal), ratios.
     """
     times, events = measured["call_times_us"], measured["event_call_times_us"]
-    call_us = stats.summary(times)["median_tpot_ms"]
+    summary = stats.summary(times)
+    call_us = summary["median_tpot_ms"]
     figures = {
         "median_call_us": call_us,
-        "p90_call_us": stats.summary(times)["p90_tpot_ms"],
-        "std_call_us": stats.summary(times)["std_tpot_ms"],
+        "p90_call_us": summary["p90_tpot_ms"],
+        "std_call_us": summary["std_tpot_ms"],
         "layers_total_ms": call_us * cell.architecture.layers / 1e3,
         "call_bytes": float(measured["call_bytes"]),
         "call_gbs": measured["call_bytes"] / call_us / 1e3,

@@ -40,7 +40,7 @@ class Registration:
         experiment: Its configuration: question, arms, thresholds, the study's figures.
         gpus: Spec bandwidth of each GPU profile among the cells, GB/s; `None` without a spec sheet.
         sessions: How often each cell is measured.
-        seed: Of the cells' order and of the resampling.
+        seed: Of the cells' order.
         cells: Session, identity and label of each cell, in the order in which they are to run.
         registered_at: UTC, ISO 8601.
         interval: What the verdict rests on.

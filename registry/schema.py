@@ -219,6 +219,10 @@ GROUPS = ("model", "gpu", "backend", "quant", "attention", "execution", "protoco
 WHERE_TO = ("tracking", "cache", "context", "records", "dry_run", "sweep_id", "session", "experiment")
 """Keys of a `Config` that say where a cell's runs go and who asks for it: not what is measured."""
 
+UNTIMED = ("timeout_s", "profiled_steps")
+"""Keys of the protocol that no step time depends on. A profile comes after the last timed step, where the kernels'
+names are looked up in every run anyway: what is measured, and every figure of it, is the same with and without."""
+
 T = TypeVar("T")
 
 

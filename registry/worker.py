@@ -141,7 +141,7 @@ def _kernel(request: Request) -> dict[str, Any]:
     from registry.kernel_cell import measure_kernel
 
     config = request.config
-    (plugin, options) = next((plugin, options) for kind, plugin, options in _called(request) if kind == "attention")
+    [(_, plugin, options)] = _called(request)
     architecture = Architecture.of(config.model)
     return measure_kernel(
         plugin(options), architecture, config.protocol, config.execution.launch, request.device, stage

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, number, percent, varying
 from registry.report.observation import TPOT, cells
+from registry.report.pieces import bars, not_measured
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +29,6 @@ def attention(observations: Sequence[Observation]) -> list[Section]:
     headings = [*axes, "outcome", "n", "us/call", "events us/call", "across", "all layers ms", "share of step"]
     headings += ["MB/call", "GB/s", "cosine"]
     rows = [_row(one, axes, steps) for one in kernels]
-    refused = [
-        Row([*label(one.config, axes), one.outcome, one.reason], one.observations) for one in kernels if one.reason
-    ]
     text = [
         "A call attends with one token to the context and itself; the calls rotate over 32 caches. us/call is the "
         "median over the sessions of each one's median: eagerly wall clock with a synchronise around each call, so "
@@ -39,11 +37,10 @@ def attention(observations: Sequence[Observation]) -> list[Section]:
         "own choice of kernel. GB/s are the bytes of keys, values, query and output over us/call.",
         _enabled(kernels),
     ]
-    sections = [Section("Kernels", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(kernels))]
-    if refused:
-        table = Table([*axes, "outcome", "why"], refused, len(axes) + 2)
-        sections.append(Section("Not measured", (), [table]))
-    return sections
+    return [
+        Section("Kernels", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(kernels)),
+        *not_measured(kernels, axes),
+    ]
 
 
 def _row(one: Measured, axes: Sequence[str], steps: Sequence[Measured]) -> Row:
@@ -88,17 +85,8 @@ def _bars(kernels: Sequence[Measured]) -> list[Any]:
         own = [one for one in kernels if one.config["model"]["name"] == model and one.ok]
         for launch, color in (("eager", "#a8c0e0"), ("cuda_graph", "#3465a4")):
             shown = [one for one in own if one.config["execution"]["name"] == launch]
-            middle = [one.median(CALL) or 0.0 for one in shown]
-            bars = {
-                "type": "data",
-                "symmetric": False,
-                "array": [max(one.values(CALL)) - value for one, value in zip(shown, middle, strict=True)],
-                "arrayminus": [value - min(one.values(CALL)) for one, value in zip(shown, middle, strict=True)],
-            }
             names = [one.config["attention"]["name"] for one in shown]
-            figure.add_trace(
-                go.Bar(y=names, x=middle, name=launch, orientation="h", error_x=bars, marker={"color": color})
-            )
+            figure.add_trace(bars(shown, names, CALL, launch, color))
         kinds = {one.config["attention"]["name"] for one in own}
         figure.update_layout(
             title=f"one call at the shape of {model}: median, least and greatest session",

@@ -23,7 +23,7 @@ def facts(observations: Sequence[Observation]) -> list[str]:
         return ["no run"]
     environments = [record.environment for record in found]
     devices = [environment.get("device", {}) for environment in environments]
-    lines = [f"device: {_all(device.get('name', '') for device in devices)}"]
+    lines = [f"device: {_all(one.device for one in observations)}"]
     if drivers := _all(device.get("driver", "") for device in devices):
         lines.append(f"driver: {drivers}")
     for package in TOLD:

@@ -13,6 +13,7 @@ import numpy as np
 from registry import stats
 from registry.display import place_of
 from registry.outcome import Outcome
+from registry.schema import UNTIMED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from registry.schema import ExperimentConfig
 
 TPOT = "median_tpot_ms"
-NOT_MEASURED = ("timeout_s", "profiled_steps")
-"""Keys of the protocol that no step time depends on."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,11 @@ class Observation:
 
     record: Record
     run_id: str = ""
+
+    @property
+    def device(self) -> str:
+        """The device's own name."""
+        return str(self.record.environment.get("device", {}).get("name", ""))
 
     @property
     def trace(self) -> str:
@@ -61,7 +65,7 @@ class Measured:
     @property
     def device(self) -> str:
         """The device's own name."""
-        return str(self.observations[0].record.environment.get("device", {}).get("name", ""))
+        return self.observations[0].device
 
     @cached_property
     def ok(self) -> tuple[Observation, ...]:
@@ -132,13 +136,12 @@ def cells(observations: Sequence[Observation]) -> list[Measured]:
     return sorted((Measured(tuple(group)) for group in groups.values()), key=lambda one: place_of(one.config))
 
 
-def pairs(observations: Sequence[Observation], experiment: ExperimentConfig, seed: int = 0) -> list[Pair]:
+def pairs(observations: Sequence[Observation], experiment: ExperimentConfig) -> list[Pair]:
     """The blocks that an experiment compares, each over the sessions in which both arms have figures.
 
     Args:
         observations: Runs of the experiment; of other sweeps too, whose sessions are sessions of their own.
         experiment: Names the arms.
-        seed: Of the resampling.
     """
     group = experiment.arms
     if group is None:
@@ -159,7 +162,7 @@ def pairs(observations: Sequence[Observation], experiment: ExperimentConfig, see
         ]
         if both:
             baseline, candidate = (Measured(tuple(arm)) for arm in zip(*both, strict=True))
-            ratio = stats.compare(baseline.values(TPOT), candidate.values(TPOT), seed)
+            ratio = stats.compare(baseline.values(TPOT), candidate.values(TPOT), seed=0)
             found.append(Pair(baseline, candidate, ratio))
     return sorted(found, key=lambda pair: _place(pair.config))
 
@@ -167,9 +170,8 @@ def pairs(observations: Sequence[Observation], experiment: ExperimentConfig, see
 def _identity(one: Observation, without: str = "") -> str:
     """What two runs have in common that are sessions of one cell, whatever they were allowed to take."""
     config = {group: part for group, part in one.record.config.items() if group != without}
-    config["protocol"] = {key: value for key, value in config["protocol"].items() if key not in NOT_MEASURED}
-    device = one.record.environment.get("device", {}).get("name", "")
-    return json.dumps([config, device], sort_keys=True)
+    config["protocol"] = {key: value for key, value in config["protocol"].items() if key not in UNTIMED}
+    return json.dumps([config, one.device], sort_keys=True)
 
 
 def _place(config: dict[str, Any]) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from registry.kernels import short
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import TPOT, cells
+from registry.report.pieces import bars, not_measured
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,22 +41,15 @@ def variants(observations: Sequence[Observation]) -> list[Section]:
         [Row([*label(one.config, axes), _kernels(one)], one.ok[-1:]) for one in found if one.ok],
         text_columns=len(axes) + 1,
     )
-    refused = Table(
-        [*axes, "outcome", "why"],
-        [Row([*label(one.config, axes), one.outcome, one.reason], one.observations) for one in found if one.reason],
-        text_columns=len(axes) + 2,
-    )
     text = (
         "TPOT is the median over the sessions of each one's median step time, range their least and greatest; the "
         "speedup is that of the median over the plain cell of the same model, context, batch and execution "
         f"({', '.join(f'{axis}={name}' for axis, name in PLAIN.items() if axis != 'execution')}). again walks the "
         "same positions a second time: what it is faster by was paid once a cache length.",
     )
-    sections = [Section("Cells", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(found, axes))]
-    if refused.rows:
-        sections.append(Section("Not measured", (), [refused]))
     return [
-        *sections,
+        Section("Cells", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(found, axes)),
+        *not_measured(found, axes),
         Section("Kernels", ("Seen by torch.profiler in a step of its own after the timing.",), [kernels]),
     ]
 
@@ -102,11 +96,7 @@ def _bars(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
     names = [named(one.config, axes) for one in measured]
     figure = go.Figure()
     for name, metric, color in (("first visit", TPOT, "#3465a4"), ("again", AGAIN, "#a8c0e0")):
-        middle = [one.median(metric) or 0.0 for one in measured]
-        over = [max(one.values(metric)) - value for one, value in zip(measured, middle, strict=True)]
-        under = [value - min(one.values(metric)) for one, value in zip(measured, middle, strict=True)]
-        bars = {"type": "data", "symmetric": False, "array": over, "arrayminus": under}
-        figure.add_trace(go.Bar(y=names, x=middle, name=name, orientation="h", error_x=bars, marker={"color": color}))
+        figure.add_trace(bars(measured, names, metric, name, color))
     floors = [one.median("floor_ms") for one in measured]
     figure.add_trace(
         go.Scatter(

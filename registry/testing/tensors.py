@@ -7,6 +7,9 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from registry.capture import capture as captured
+from registry.outcome import Refused
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -106,21 +109,12 @@ def capture(step: Callable[[], Tensor]) -> tuple[Any, Tensor]:
     Returns:
         The graph and the tensor that a replay writes.
     """
-    import torch
-
-    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    outputs: list[Tensor] = []
     try:
-        with torch.cuda.graph(graph):
-            out = step()
-    except RuntimeError as error:
-        raise AssertionError(f"the step cannot be captured into a CUDA graph: {error}") from error
-    return graph, out
+        graph = captured("the step", step, lambda: outputs.append(step()))
+    except Refused as error:
+        raise AssertionError(f"the step cannot be captured into a CUDA graph: {error.__cause__}") from error
+    return graph, outputs[-1]
 
 
 @contextmanager
