@@ -198,9 +198,15 @@ def tell_report(report: Report, files: Sequence[Path]) -> None:
     """Print an experiment's first table, its verdicts and where the rest of it lies."""
     out = console()
     for table in report.sections[0].tables if report.sections else ():
-        shown = Table(title=escape(report.question), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        shown = Table(
+            title=escape(report.question),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         for place, heading in enumerate(table.headings):
-            shown.add_column(heading, justify="left" if place < table.text_columns else "right")
+            shown.add_column(heading, justify="left" if place < table.text_columns else "right", overflow="fold")
         for row in table.rows:
             shown.add_row(*(escape(cell) for cell in row.cells))
         out.print(shown)

@@ -44,8 +44,9 @@ def test_where_no_kernel_was_seen_none_is_missed() -> None:
     require({}, [("quant=gptq-marlin", "[Mm]arlin")])
 
 
-def test_names_are_told_without_their_types() -> None:
+def test_names_are_told_without_their_types_and_elementwise_ones_last() -> None:
     kernels = {
+        "void at::native::vectorized_elementwise_kernel<4>(int)": 460,
         "_gemv_kernel": 56,
         "void marlin::Marlin<__nv_bfloat16, 1L>(int4 const*)": 30,
         "void marlin::Marlin<__half, 2L>(int4 const*)": 40,
@@ -55,7 +56,8 @@ def test_names_are_told_without_their_types() -> None:
     assert list(short(kernels).items()) == [
         ("marlin::Marlin", 70),
         ("_gemv_kernel", 56),
-        ("at::native::CatArrayBatchedCopy", 3),
         ("<odd>", 1),
+        ("at::native::vectorized_elementwise_kernel", 460),
+        ("at::native::CatArrayBatchedCopy", 3),
     ]
     assert bare("void marlin::Marlin<__half, 2L>(int4 const*)") == "marlin::Marlin"

@@ -6,14 +6,17 @@ import json
 import re
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from test_record import made_up_record
 
 from registry import registration
 from registry.compose import Composer
+from registry.display import tell_report
 from registry.export import export
 from registry.outcome import Outcome
 from registry.plan import Cell
@@ -265,6 +268,18 @@ def test_a_machine_without_plotly_writes_the_tables(
     [file] = write(build(experiment, sessions), tmp_path)
     assert "no page was drawn here" in file.read_text()
     assert "| h200, tiny, ctx 2048, batch 1 | 3 |" in file.read_text()
+
+
+def test_a_terminal_of_any_width_is_told_every_figure(
+    sessions: list[Observation], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.display.console", lambda: Console(width=60))
+    told = [f"{number}.25-{number}.75" for number in range(100, 112)]
+    table = Table(["quant", *["range"] * len(told)], [Row(["gptq-exllamav2", *told])])
+    tell_report(Report("wide", "", sections=[Section("Cells", tables=[table])]), [])
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert all(Counter(shown)[digit] >= Counter("".join(told))[digit] for digit in "0123456789")
 
 
 def test_a_page_shows_what_it_is_given_as_text(sessions: list[Observation]) -> None:

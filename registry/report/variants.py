@@ -26,7 +26,7 @@ FIGURES = (
 PLAIN = {"quant": "none", "execution": "eager", "attention": "sdpa", "backend": "hf"}
 """The choice on each axis against which a speedup is told."""
 TOLD = 4
-"""Kernels that a row names: the most frequent ones."""
+"""Kernels that a row names."""
 
 
 def variants(observations: Sequence[Observation]) -> list[Section]:
