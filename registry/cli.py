@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry.architecture import Architecture
 from registry.archive import records_in
@@ -21,6 +21,9 @@ from registry.synthesis import write_checkpoint
 from registry.tracking import TrackingDown, import_records
 from registry.validate import redact, validate
 from registry.weights import check_weights, open_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PRICE = "price."
 
@@ -118,10 +121,11 @@ def _report(name: str, overrides: list[str]) -> int:
     folder = Path(given.get("out") or f"reports/{name}")
     prices = {key.removeprefix(PRICE): _price(key, given[key], composer) for key in own if key.startswith(PRICE)}
     try:
-        tell_report(*report(config, sweeps, folder, prices))
+        found, files, problems = report(config, sweeps, folder, prices)
     except OSError as error:
         raise BadInput(f"out={folder} cannot be written: {error}") from error
-    return 0
+    tell_report(found, files)
+    return _told(problems)
 
 
 def _export(folder: Path, target: Path) -> int:
@@ -136,9 +140,7 @@ def _export(folder: Path, target: Path) -> int:
     except OSError as error:
         raise BadInput(f"--study {target} cannot be written: {error}") from error
     print(f"{len(files)} files in {target}; {left_out} records are of no measured step of an experiment of the study")
-    for problem in problems:
-        print(f"rfloor: no record: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return _told(problems)
 
 
 def _experiments(composer: Composer) -> list[str]:
@@ -163,6 +165,13 @@ def _price(key: str, value: str, composer: Composer) -> float:
     return price
 
 
+def _told(problems: Sequence[str]) -> int:
+    """The exit code, once every file or run that is no record is named."""
+    for problem in problems:
+        print(f"rfloor: no record: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
 def _import(folder: Path, overrides: list[str]) -> int:
     if not folder.is_dir():
         raise BadInput(f"{folder} is no folder")
@@ -172,9 +181,7 @@ def _import(folder: Path, overrides: list[str]) -> int:
     validate(config)
     counts, problems = import_records(folder, config.tracking)
     print(", ".join(f"{counts[state]} {state}" for state in ("imported", "completed", "present")))
-    for problem in problems:
-        print(f"rfloor: no record: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return _told(problems)
 
 
 if __name__ == "__main__":

@@ -260,9 +260,12 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         ended = [one.return_value for one in launcher.launch(jobs, initial_job_idx=0)]
     found = [records.from_plain(one["record"]) for one in ended]
     errors = {one["tracking_error"] for one in ended if one["tracking_error"]}
-    _tell(found, errors, config, call.tracker.page if call.tracker else "")
+    _tell(found)
     for report, files in close_runs(opened, found, call):
         tell_report(report, files)
+    if call.tracking_error:
+        errors.add(call.tracking_error)
+    _tell_where(errors, config, call.tracker.page if call.tracker else "")
     return 0 if not errors and all(record.outcome.benign for record in found) else 1
 
 
@@ -302,14 +305,21 @@ def _track(call: Call, tracking: TrackingConfig) -> None:
         call.tracking_error = str(error)
 
 
-def _tell(found: Sequence[Record], errors: set[str], config: Config, page: str) -> None:
-    """Print table, notes and what to do next."""
+def _tell(found: Sequence[Record]) -> None:
+    """Print the table and what weakens it."""
     from registry.display import console, notes, results
 
     out = console()
     out.print(results(found, out.width))
     for line in notes(found):
         out.print(line, highlight=False, markup=False)
+
+
+def _tell_where(errors: set[str], config: Config, page: str) -> None:
+    """Print what MLflow did not take, and where to see what it took."""
+    from registry.display import console
+
+    out = console()
     uri = redact(config.tracking.uri)
     later = f"rfloor import {config.records} tracking.uri={uri}"
     for error in errors:

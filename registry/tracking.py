@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from registry import record as records
 from registry.archive import everything_in
@@ -22,11 +22,12 @@ from registry.registration import KIND, Registration
 from registry.validate import SERVERS, redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from registry.record import Record
     from registry.schema import TrackingConfig
 
+T = TypeVar("T")
 RECORD_TAG = "rfloor.record_id"
 STATUS = {
     Outcome.OK: "FINISHED",
@@ -263,24 +264,48 @@ class Tracker:
             if RECORD_TAG in run.data.tags
         }
 
-    def recorded(self, name: str, experiment: str = "") -> list[tuple[str, Any]]:
-        """The JSON that runs keep under `name`, with each run's id.
+    def recorded(
+        self, name: str, read: Callable[[Any], T], experiment: str = "", sweeps: Collection[str] = ()
+    ) -> tuple[list[tuple[str, T]], list[str]]:
+        """What runs keep under `name`, with each run's id; and each run whose artifact says nothing, with the reason.
 
         Args:
-            name: Of the artifact; runs without it are passed over.
+            name: Of the artifact, `RECORD` or `REGISTRATION`; runs of the other kind are passed over.
+            read: Makes something of the artifact's JSON, or raises BadRecord.
             experiment: Only runs of this experiment of ours; empty for all.
+            sweeps: Only runs of these sweeps; empty for all.
 
         Raises:
             TrackingDown: See the class.
-            BadRecord: An artifact is no JSON.
         """
-        found = []
+        found, problems = [], []
         with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
             for run in self._runs(f"tags.experiment = '{experiment}'" if experiment else ""):
-                if (run.data.tags.get("kind") == KIND) == (name == REGISTRATION) and run.info.status != "RUNNING":
-                    file = _guard(self._client.download_artifacts, run.info.run_id, name, folder)
-                    found.append((run.info.run_id, records.read_json(Path(file))))
-        return found
+                tags = run.data.tags
+                if (tags.get("kind") == KIND) != (name == REGISTRATION) or run.info.status == "RUNNING":
+                    continue
+                if sweeps and tags.get("sweep_id") not in sweeps:
+                    continue
+                run_id = run.info.run_id
+                try:
+                    found.append((run_id, read(records.read_json(self._artifact(run_id, name, folder)))))
+                except records.BadRecord as error:
+                    problems.append(f"run {run_id}, {name}: {error}")
+        return found, problems
+
+    def _artifact(self, run_id: str, name: str, folder: str) -> Path:
+        """Bring a run's artifact here.
+
+        Raises:
+            TrackingDown: See the class.
+            BadRecord: MLflow answers, and the run has none.
+        """
+        try:
+            return Path(_guard(self._client.download_artifacts, run_id, name, folder))
+        except TrackingDown:
+            if name not in {artifact.path for artifact in _guard(self._client.list_artifacts, run_id)}:
+                raise records.BadRecord("the run has no such artifact") from None
+            raise
 
     def _runs(self, where: str = "") -> Iterator[Any]:
         token = None

@@ -354,3 +354,43 @@ def test_an_imported_sweep_gives_the_same_report(measured: Sweep, tmp_path: Path
     verdicts = [line for line in (tmp_path / "told" / "report.md").read_text().splitlines() if line.startswith("**")]
     assert verdicts
     assert all(verdict.strip("*") in measured.stdout for verdict in verdicts)
+
+
+def test_what_mlflow_does_not_take_of_the_report_is_told_and_counts(start: Start) -> None:
+    """Every cell went well; the experiment's own run could not be closed."""
+    ended = start("experiment=arms", "backend=spoils-report").end()
+    assert {record["outcome"] for record in ended.records()} == {"ok"}
+    assert ended.code == 1
+    assert "MLflow did not take every run" in ended.stdout
+    assert "rfloor import" in ended.stdout
+
+
+def test_a_run_whose_artifact_is_no_record_is_left_out_by_name(
+    measured: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sweeps import FAULTS
+
+    from registry import cli
+
+    uri = f"tracking.uri={database(tmp_path)}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FAULTS))
+        assert cli.main(["import", str(measured.folder / "records"), uri, f"tracking.artifacts={tmp_path}/a"]) == 0
+        [first, second, *_] = sorted(tmp_path.rglob("cell.json"))
+        [registered] = tmp_path.rglob("registration.json")
+        first.write_text('{"schema_version": 1, "kind": "cell"}')
+        second.unlink()
+        registered.write_text("[]")
+        capsys.readouterr()
+        assert cli.main(["report", "arms", f"out={tmp_path / 'told'}", uri]) == 1
+        said = capsys.readouterr().err
+        for file, why in ((first, "no record_id"), (second, "no such artifact"), (registered, "schema version")):
+            [line] = [line for line in said.splitlines() if file.parent.parent.name in line]
+            assert why in line
+            assert line.startswith("rfloor: no record: run ")
+        for file in tmp_path.rglob("cell.json"):
+            file.write_text("{")
+        assert cli.main(["report", "arms", f"out={tmp_path / 'none'}", uri]) == 2
+        assert "4 are no records" in capsys.readouterr().err
+    assert (tmp_path / "told" / "report.md").exists()
+    assert not (tmp_path / "none").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from registry import record as records
 from registry import registration as registrations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def report(
     config: Config, sweeps: Sequence[str], folder: Path, prices: Mapping[str, float]
-) -> tuple[Report, list[Path]]:
+) -> tuple[Report, list[Path], list[str]]:
     """Write an experiment's report, and log it to the runs of the experiment's sweeps.
 
     Args:
@@ -31,7 +31,7 @@ def report(
         prices: Dollars an hour by GPU profile, over those of the records.
 
     Returns:
-        The report and its files.
+        The report, its files, and the runs that it leaves out because MLflow holds no record of theirs.
 
     Raises:
         BadInput: There are no such runs.
@@ -40,28 +40,18 @@ def report(
     experiment = config.experiment
     tracker = Tracker(config.tracking)
     own = experiment.name if experiment.cells else ""  # a report without cells of its own tells of all runs
-    observations = [
-        Observation(records.from_plain(content), run_id)
-        for run_id, content in tracker.recorded(RECORD, own)
-        if _wanted(content, sweeps)
-    ]
+    measured, problems = tracker.recorded(RECORD, records.from_plain, own, sweeps)
+    observations = [Observation(record, run_id) for run_id, record in measured]
     if not observations:
         told = f" of the sweeps {', '.join(sweeps)}" if sweeps else ""
+        which = f" ({len(problems)} are no records: {problems[0]})" if problems else ""
         raise BadInput(
-            f"MLflow's {config.tracking.experiment!r} has no runs of experiment={experiment.name}{told}: measure "
-            f"them with python runner.py -m experiment={experiment.name}, or rfloor import their records"
+            f"MLflow's {config.tracking.experiment!r} has no runs of experiment={experiment.name}{told}{which}: "
+            f"measure them with python runner.py -m experiment={experiment.name}, or rfloor import their records"
         )
-    fixed = {
-        run_id: registrations.from_json(content)
-        for run_id, content in (tracker.recorded(REGISTRATION, own) if own else [])
-        if _wanted(content, sweeps)
-    }
-    found = build(experiment, observations, [*fixed.values()], prices)
+    fixed, unread = tracker.recorded(REGISTRATION, registrations.from_json, own, sweeps) if own else ([], [])
+    found = build(experiment, observations, [registration for _, registration in fixed], prices)
     files = write(found, folder)
-    for run_id in fixed:
+    for run_id, _ in fixed:
         tracker.close_experiment(run_id, found.verdicts, files)
-    return found, files
-
-
-def _wanted(content: Any, sweeps: Sequence[str]) -> bool:
-    return not sweeps or content.get("sweep_id") in sweeps
+    return found, files, [*problems, *unread]

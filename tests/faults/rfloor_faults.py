@@ -6,11 +6,14 @@ installed distribution; a worker inherits the path.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.hf import HfBackend
@@ -158,3 +161,16 @@ class Noisy(HfBackend):
     def load(self, capacity: int) -> None:
         print("x" * NOISE, flush=True)
         super().load(capacity)
+
+
+class SpoilsReport(HfBackend):
+    """Puts a file where MLflow keeps the artifacts of the experiment's own run."""
+
+    def close(self) -> None:
+        [registration] = Path("../records/experiments").glob("*.json")
+        sha256 = json.loads(registration.read_text())["sha256"]
+        for file in list(Path("../../artifacts").rglob("registration.json")):
+            if json.loads(file.read_text())["sha256"] == sha256:
+                shutil.rmtree(file.parent)
+                file.parent.touch()
+        super().close()
