@@ -61,6 +61,6 @@ def _read(file: Path) -> str:
 
 def _link(file: Path) -> str:
     try:
-        return os.readlink(file)
+        return str(file.readlink())
     except OSError:
         return ""

@@ -55,6 +55,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
         call: What it shares with the others.
     """
     started, clock = datetime.now(UTC), time.monotonic()
+    folder = Path(cell.config.records)
     record = Record(
         record_id=uuid.uuid4().hex,
         cell_id=cell.cell_id,
@@ -74,8 +75,9 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
         kind=cell.config.protocol.measures,
         experiment=cell.config.experiment.name if cell.config.experiment.cells else "",
         session=session,
+        attempt=records.next_attempt(folder, cell.cell_id, call.sweep_id, index),
     )
-    file = records.path(Path(cell.config.records), cell.cell_id, call.sweep_id, index)
+    file = records.path(folder, cell.cell_id, call.sweep_id, index, record.attempt)
     known = {"cell_id": cell.cell_id, "sweep_id": call.sweep_id, "gpu_name": cell.device.name}
     run_id = call.tracked(lambda mlflow: mlflow.open(record.record_id, cell.label, record.config, known))
     if call.interrupted:
@@ -89,7 +91,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
     if record.outcome is Outcome.OK:
         record = _filled(record, cell, answer)
     record.wall_s = round(time.monotonic() - clock, 3)
-    records.write(record, Path(cell.config.records))
+    records.write(record, folder)
     call.interrupted |= record.outcome is Outcome.INTERRUPTED
     if run_id:
         call.tracked(lambda mlflow: mlflow.close(run_id, record, artifacts(file)))

@@ -1,0 +1,117 @@
+"""What a call sets out to measure: one file a sweep beside the records, held by the process that measures it.
+
+With it a sweep that was killed can be told from one that is complete, and can be taken up again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from registry.locks import held
+from registry.record import BadRecord, read_json, write_json
+from registry.schema import from_plain
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KIND = "sweep"
+FOLDER = "sweeps"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One cell in one session.
+
+    Attributes:
+        index: Its place in the sweep, from 0.
+        session: Which of the sweep's sessions, from 0.
+        cell_id: The identity of what is measured.
+        experiment: That it is measured for; empty for none.
+        label: The cell in one line.
+    """
+
+    index: int
+    session: int
+    cell_id: str
+    experiment: str
+    label: str
+
+    @property
+    def what(self) -> tuple[str, int, str]:
+        """What a record has in common with it."""
+        return self.cell_id, self.session, self.experiment
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A sweep's cells.
+
+    Attributes:
+        sweep_id: Ties its records together.
+        started_at: When it was first begun; UTC, ISO 8601.
+        jobs: In the order in which they are to run.
+    """
+
+    sweep_id: str
+    started_at: str
+    jobs: list[Planned]
+
+
+def path(folder: Path, sweep_id: str) -> Path:
+    """Where a sweep's manifest lies under the folder of records."""
+    return folder / FOLDER / f"{sweep_id}.json"
+
+
+def read(file: Path) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        BadRecord: The file is none.
+    """
+    try:
+        content = read_json(file)
+        if not isinstance(content, dict) or content.get("kind") != KIND:
+            raise BadRecord("no sweep's manifest")
+        if (version := content.get("schema_version")) != SCHEMA_VERSION:
+            raise BadRecord(f"schema version {version!r} of a sweep, this rfloor reads {SCHEMA_VERSION}")
+        own: dict[str, Any] = {key: value for key, value in content.items() if key not in ("kind", "schema_version")}
+        return from_plain(Manifest, own)
+    except (BadRecord, TypeError, ValueError) as error:
+        raise BadRecord(f"{file}: {error}") from error
+
+
+def manifests(folder: Path) -> list[Manifest]:
+    """Every readable manifest under the folder of records, the newest first."""
+    found = []
+    for file in sorted((folder / FOLDER).glob("*.json"), reverse=True):
+        try:
+            found.append(read(file))
+        except BadRecord:
+            continue
+    return found
+
+
+def hold(manifest: Manifest, folder: Path) -> list[IO[bytes]] | None:
+    """Write a manifest and hold it, as long as what is returned stays open; `None` while another process holds it.
+
+    The file that was there is held too: whoever opened it before it was replaced must not think it free.
+    """
+    file = path(folder, manifest.sweep_id)
+    before = [held(file)] if file.exists() else []
+    if None in before:
+        return None
+    write_json(file, {"schema_version": SCHEMA_VERSION, "kind": KIND, **dataclasses.asdict(manifest)})
+    now = held(file)
+    return [stream for stream in [*before, now] if stream] if now else None
+
+
+def is_held(folder: Path, sweep_id: str) -> bool:
+    """Whether a process is measuring a sweep now."""
+    stream = held(path(folder, sweep_id))
+    if stream is None:
+        return True
+    stream.close()
+    return False
