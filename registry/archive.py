@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from registry import manifest
 from registry import record as records
 from registry import registration as registrations
 from registry.record import Record
@@ -14,12 +15,17 @@ if TYPE_CHECKING:
 
 
 def everything_in(folder: Path) -> tuple[list[tuple[Path, Record | Registration]], list[str]]:
-    """Every record and registration under a folder with its file, and a line for each JSON file that is neither."""
+    """Every record and registration under a folder with its file, and a line for each JSON file that is neither.
+
+    The manifests of sweeps are passed over: they say what was to be measured.
+    """
     found: list[tuple[Path, Record | Registration]] = []
     problems = []
     for file in sorted(folder.rglob("*.json")):
         try:
-            found.append((file, _of_any_kind(records.read_json(file))))
+            content = records.read_json(file)
+            if not (isinstance(content, dict) and content.get("kind") == manifest.KIND):
+                found.append((file, _of_any_kind(content)))
         except records.BadRecord as error:
             problems.append(f"{file}: {error}")
     return found, problems

@@ -12,11 +12,12 @@ from registry.architecture import Architecture
 from registry.archive import records_in
 from registry.checkpoint import CheckpointFormat
 from registry.compose import Composer
-from registry.display import console, tell_report
+from registry.display import console, tell_report, tell_status
 from registry.export import export
 from registry.outcome import BadInput, Refused, nearest
 from registry.plan import plugin_options
 from registry.plugins import Catalog
+from registry.status import statuses
 from registry.synthesis import write_checkpoint
 from registry.tracking import TrackingDown, import_records
 from registry.validate import redact, validate
@@ -52,8 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
     exporter = commands.add_parser("export", help="write records as the study's own cell files")
     exporter.add_argument("--study", type=Path, required=True, metavar="DIR", help="where to")
     exporter.add_argument("folder", type=Path, nargs="?", default=Path("records"), help="records (default: records)")
+    teller = commands.add_parser("status", help="tell what of each sweep is measured, failed or missing")
+    teller.add_argument("folder", type=Path, nargs="?", default=Path("records"), help="records (default: records)")
+    teller.add_argument("sweep", nargs="*", help="tell of these alone, cell by cell")
     args = parser.parse_args(arguments)
     try:
+        if args.command == "status":
+            return _status(args.folder, args.sweep)
         if args.command == "export":
             return _export(args.folder, args.study)
         if args.command == "report":
@@ -140,6 +146,19 @@ def _export(folder: Path, target: Path) -> int:
     except OSError as error:
         raise BadInput(f"--study {target} cannot be written: {error}") from error
     print(f"{len(files)} files in {target}; {left_out} records are of no measured step of an experiment of the study")
+    return _told(problems)
+
+
+def _status(folder: Path, wanted: Sequence[str]) -> int:
+    """Tell of the sweeps under a folder of records, cell by cell of those that are named."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is no folder")
+    found, problems = statuses(folder)
+    known = {status.sweep_id: status for status in found}
+    for sweep_id in wanted:
+        if sweep_id not in known:
+            raise BadInput(f"no sweep of {folder} is called {sweep_id!r}: {nearest(sweep_id, known)}")
+    tell_status([known[sweep_id] for sweep_id in wanted] if wanted else found, in_full=bool(wanted))
     return _told(problems)
 
 

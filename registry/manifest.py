@@ -5,8 +5,10 @@ With it a sweep that was killed can be told from one that is complete, and can b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any
 
 from registry.locks import held
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 KIND = "sweep"
 FOLDER = "sweeps"
 SCHEMA_VERSION = 1
+GLANCE_S = 1.0
+"""Seconds for which somebody who only looks (`is_held`) may be in the way."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +31,15 @@ class Planned:
 
     Attributes:
         index: Its place in the sweep, from 0.
-        session: Which of the sweep's sessions, from 0.
         cell_id: The identity of what is measured.
+        session: Which of the sweep's sessions, from 0.
         experiment: That it is measured for; empty for none.
         label: The cell in one line.
     """
 
     index: int
-    session: int
     cell_id: str
+    session: int
     experiment: str
     label: str
 
@@ -94,17 +98,27 @@ def manifests(folder: Path) -> list[Manifest]:
     return found
 
 
+def extended(folder: Path, sweep_id: str, jobs: list[Planned]) -> Manifest:
+    """The manifest of a sweep that now has these jobs too; a new one if it has none that can be read."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    begun = Manifest(sweep_id, now, [])
+    with contextlib.suppress(BadRecord):
+        begun = read(path(folder, sweep_id))
+    known = {job.index: job for job in begun.jobs} | {job.index: job for job in jobs}
+    return Manifest(sweep_id, begun.started_at, [known[index] for index in sorted(known)])
+
+
 def hold(manifest: Manifest, folder: Path) -> list[IO[bytes]] | None:
     """Write a manifest and hold it, as long as what is returned stays open; `None` while another process holds it.
 
     The file that was there is held too: whoever opened it before it was replaced must not think it free.
     """
     file = path(folder, manifest.sweep_id)
-    before = [held(file)] if file.exists() else []
+    before = [held(file, GLANCE_S)] if file.exists() else []
     if None in before:
         return None
     write_json(file, {"schema_version": SCHEMA_VERSION, "kind": KIND, **dataclasses.asdict(manifest)})
-    now = held(file)
+    now = held(file, GLANCE_S)
     return [stream for stream in [*before, now] if stream] if now else None
 
 

@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from registry.experiments import applies
-from registry.record import BadRecord, write_json
+from registry.outcome import BadInput
+from registry.record import BadRecord, read_json, write_json
 from registry.schema import ExperimentConfig, from_plain
 from registry.stats import CONFIDENCE, RESAMPLES
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 KIND = "experiment"
 SCHEMA_VERSION = 1
 FOLDER = "experiments"
+FIXED = ("arms", "baseline", "candidate", "claims")
+"""What of an experiment decides its verdict."""
 INTERVAL = f"Student's t, {CONFIDENCE:.0%}, of the mean over sessions of baseline / candidate median step time"
 
 
@@ -115,11 +118,37 @@ def register(sweep_id: str, ordered: Sequence[tuple[int, Cell]]) -> list[Registr
     return found
 
 
+def path(folder: Path, sweep_id: str, name: str) -> Path:
+    """Where the registration of a sweep's experiment lies under the folder of records."""
+    return folder / FOLDER / f"{sweep_id}-{name}.json"
+
+
 def write(registration: Registration, folder: Path) -> Path:
     """Write a registration under the folder of records and return its file."""
-    file = folder / FOLDER / f"{registration.record_id}.json"
+    file = path(folder, registration.sweep_id, registration.experiment.name)
     write_json(file, registration.plain())
     return file
+
+
+def check_claims(sweep_id: str, experiment: ExperimentConfig, folder: Path) -> None:
+    """Refuse to go on with an experiment under other thresholds than those with which it began.
+
+    Raises:
+        BadInput: They differ, or what was registered cannot be read.
+    """
+    file = path(folder, sweep_id, experiment.name)
+    if not file.exists():
+        return
+    told = f"experiment={experiment.name} of {sweep_id}"
+    try:
+        began = from_json(read_json(file))
+    except BadRecord as error:
+        raise BadInput(f"{told}: {file} is no registration: {error}; leave out resume=true") from error
+    if any(getattr(began.experiment, key) != getattr(experiment, key) for key in FIXED):
+        raise BadInput(
+            f"{told} was registered at {began.registered_at} with other arms or thresholds ({file}): leave out "
+            "resume=true, and it is an experiment of its own"
+        )
 
 
 def from_json(content: dict[str, Any]) -> Registration:

@@ -73,7 +73,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
             "tags": cell.tags,
         },
         kind=cell.config.protocol.measures,
-        experiment=cell.config.experiment.name if cell.config.experiment.cells else "",
+        experiment=cell.experiment,
         session=session,
         attempt=records.next_attempt(folder, cell.cell_id, call.sweep_id, index),
     )

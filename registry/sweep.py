@@ -7,6 +7,7 @@ the configuration names; `job` is what the launcher runs.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import signal
 import sys
@@ -15,17 +16,21 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.experimental.callback import Callback
 
+from registry import manifest as manifests
+from registry import registration as registrations
 from registry.compose import Composer, to_config
 from registry.experiments import blocks
 from registry.hardware import find_device
+from registry.manifest import Planned
 from registry.outcome import BadInput
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
+from registry.resume import look
 from registry.sessions import order
 from registry.validate import SERVERS, redact
 
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
     from registry.call import Call
     from registry.display import Reporter
     from registry.record import Record
+    from registry.resume import What
     from registry.schema import Config, TrackingConfig
 
 BAD_INPUT = 2
@@ -54,11 +60,18 @@ class Job:
         overrides: The cell's.
         cell: The same, planned.
         session: Which of the sweep's sessions.
+        index: Its place in the sweep.
     """
 
     overrides: list[str]
     cell: Cell
     session: int
+    index: int
+
+    @property
+    def what(self) -> What:
+        """What a record of it is recognised by."""
+        return self.cell.cell_id, self.session, self.cell.experiment
 
 
 @dataclass
@@ -69,11 +82,27 @@ class Sweep:
         cells: As they were typed.
         jobs: In the order in which they run.
         sweep_id: Ties the runs together.
+        measured: What a sweep that is taken up again has measured before, by the place of its job.
+        problems: Files that lie where its records should and are none.
+        held: Its manifest, for as long as this process lives.
     """
 
     cells: list[Cell]
     jobs: list[Job]
     sweep_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")
+    measured: dict[int, Record] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    held: list[IO[bytes]] = field(default_factory=list)
+
+    @property
+    def resumed(self) -> str:
+        """What a sweep that is taken up again tells of that."""
+        return f"{self.sweep_id} goes on: {len(self.measured)} of {len(self.jobs)} are measured"
+
+    @property
+    def left(self) -> list[Job]:
+        """The jobs that are to be run."""
+        return [job for place, job in enumerate(self.jobs) if place not in self.measured]
 
 
 @dataclass
@@ -113,9 +142,16 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     except BadInput as error:
         print(f"rfloor: {redact(str(error))}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    for problem in _sweep.problems:
+        print(f"rfloor: no record: {problem}", file=sys.stderr)
     if any(cell.config.dry_run for cell in _sweep.cells):
-        tell_plan(_sweep.cells)
+        tell_plan(_sweep)
         sys.exit(0)
+    try:
+        _hold(_sweep)
+    except BadInput as error:
+        print(f"rfloor: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
     kept_back = composer.cell_overrides(args.overrides)
     return [argument for argument in arguments if argument not in kept_back]
 
@@ -151,14 +187,37 @@ def _check_about(args: argparse.Namespace, composer: Composer) -> None:
         composer.cell(job_overrides)
 
 
-def tell_plan(cells: Sequence[Cell]) -> None:
+def tell_plan(sweep: Sweep) -> None:
     """Print a dry run."""
     from registry.display import console, plan_notes, plan_table
 
     out = console()
-    out.print(plan_table(cells))
-    for line in plan_notes(cells):
+    out.print(plan_table(sweep.cells))
+    for line in plan_notes(sweep.cells):
         out.print(line, highlight=False, markup=False)
+    if sweep.measured:
+        out.print(f"{sweep.resumed}", highlight=False, markup=False)
+
+
+def _hold(sweep: Sweep) -> None:
+    """Write what the sweep sets out to measure, and hold it until this process ends.
+
+    Raises:
+        BadInput: Another process measures this sweep, or nothing can be written.
+    """
+    folder = Path(sweep.cells[0].config.records)
+    jobs = [Planned(job.index, *job.what, job.cell.label) for job in sweep.jobs]
+    try:
+        begun = manifests.extended(folder, sweep.sweep_id, jobs)
+        streams = manifests.hold(begun, folder)
+    except OSError as error:
+        raise BadInput(f"records={folder} cannot be written: {error}") from error
+    if streams is None:
+        raise BadInput(
+            f"another process measures the sweep {sweep.sweep_id}: wait for it (rfloor status {folder} tells how far "
+            "it is), or leave out resume=true and measure every cell anew"
+        )
+    sweep.held = streams
 
 
 def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
@@ -181,7 +240,9 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
             problems.setdefault(str(error), " ".join(job_overrides))
     for what, values in {
         "tracking": [str(cell.config.tracking) for cell in cells],
+        "folder of records": [cell.config.records for cell in cells],
         "number of sessions": [str(cell.config.protocol.sessions) for cell in cells],
+        "resume": [str(cell.config.resume) for cell in cells],
     }.items():
         if len(set(values)) > 1:
             problems.setdefault(f"a sweep has one {what} for all of its cells", " ".join(args.overrides))
@@ -190,7 +251,26 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
         raise BadInput("\n        ".join(f"{p} (in: {where})" if many else p for p, where in problems.items()))
     protocol = cells[0].config.protocol
     ordered = order(blocks(jobs, cells), protocol.sessions, protocol.seed)
-    return Sweep(cells, [Job(jobs[place], cells[place], session) for session, place in ordered])
+    found = [Job(jobs[cell], cells[cell], session, place) for place, (session, cell) in enumerate(ordered)]
+    sweep = Sweep(cells, found)
+    return _taken_up(sweep) if cells[0].config.resume else sweep
+
+
+def _taken_up(sweep: Sweep) -> Sweep:
+    """The sweep as what is left of one that was begun before; as it is where none was.
+
+    Raises:
+        BadInput: Its thresholds are no longer those that were registered.
+    """
+    folder = Path(sweep.cells[0].config.records)
+    profiled = any(cell.config.protocol.profiled_steps for cell in sweep.cells)
+    before = look([job.what for job in sweep.jobs], folder, profiled)
+    if not before.sweep_id:
+        return dataclasses.replace(sweep, problems=before.problems)
+    jobs = [dataclasses.replace(job, index=index) for job, index in zip(sweep.jobs, before.places, strict=True)]
+    for experiment in {cell.experiment: cell.config.experiment for cell in sweep.cells if cell.experiment}.values():
+        registrations.check_claims(before.sweep_id, experiment, folder)
+    return Sweep(sweep.cells, jobs, before.sweep_id, before.found, before.problems)
 
 
 @cache
@@ -246,7 +326,10 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         task_function=job,
         config=composed,
     )
-    jobs = [[*job.overrides, f"sweep_id={sweep.sweep_id}", f"session={job.session}"] for job in sweep.jobs]
+    jobs = [
+        [*job.overrides, f"sweep_id={sweep.sweep_id}", f"session={job.session}", f"place={job.index}"]
+        for job in sweep.left
+    ]
     config = sweep.cells[0].config
     with Reporter(len(jobs)) as reporter:
         call = Call(sweep.sweep_id, None, reporter.stage)
@@ -254,11 +337,13 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
             signal.signal(number, call.interrupt)
         reporter.stage(f"opening {config.tracking.uri.partition('://')[0]} tracking")
         _track(call, config.tracking)
+        call.tracked(lambda mlflow: mlflow.close_left())
         registered = register(sweep.sweep_id, [(job.session, job.cell) for job in sweep.jobs])
         opened = open_runs(registered, Path(config.records), call)
         _running = Running(call, reporter)
-        ended = [one.return_value for one in launcher.launch(jobs, initial_job_idx=0)]
-    found = [records.from_plain(one["record"]) for one in ended]
+        ended = [one.return_value for one in launcher.launch(jobs, initial_job_idx=0)] if jobs else []
+    found = [*sweep.measured.values(), *(records.from_plain(one["record"]) for one in ended)]
+    found.sort(key=lambda record: record.index)
     errors = {one["tracking_error"] for one in ended if one["tracking_error"]}
     _tell(found)
     for report, files in close_runs(opened, found, call):
@@ -282,14 +367,14 @@ def job(config: DictConfig) -> dict[str, Any]:
 
     number = HydraConfig.get().job.num
     if _running and _sweep:  # as planned before the sweep began, whatever has become of its files since
-        planned, call = _sweep.jobs[number], _running.call
-        cell, session = planned.cell, planned.session
+        planned, call = _sweep.left[number], _running.call
+        cell, session, index = planned.cell, planned.session, planned.index
         _running.reporter.begin(cell.label)
     else:
-        cell, session = _planner().plan(to_config(config)), int(config.session)
+        cell, session, index = _planner().plan(to_config(config)), int(config.session), int(config.place)
         call = Call(config.sweep_id, None, lambda _: None)
         _track(call, cell.config.tracking)
-    record = run_cell(cell, number, session, call)
+    record = run_cell(cell, index, session, call)
     if _running:
         _running.reporter.done(record)
     return {"record": record.plain(), "tracking_error": call.tracking_error}

@@ -18,6 +18,7 @@ from registry import record as records
 from registry.archive import everything_in
 from registry.kernels import short
 from registry.outcome import Outcome, Refusal
+from registry.process import has_ended, this_process
 from registry.registration import KIND, Registration
 from registry.validate import SERVERS, redact
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RECORD_TAG = "rfloor.record_id"
+PROCESS_TAG = "rfloor.process"
+"""The process that opened a run and is to close it."""
+LEFT = "the process that measured this was killed; if its record lies on disk, rfloor import completes the run"
 STATUS = {
     Outcome.OK: "FINISHED",
     Outcome.OOM: "FINISHED",
@@ -162,7 +166,7 @@ class Tracker:
             self._experiment,
             start_time=_milliseconds(started_at) if started_at else None,
             run_name=label[:NAME_LIMIT],
-            tags={RECORD_TAG: record_id, **tags},
+            tags={RECORD_TAG: record_id, PROCESS_TAG: this_process(), **tags},
         )
         self.log_params(run.info.run_id, config)
         return str(run.info.run_id)
@@ -252,6 +256,24 @@ class Tracker:
             link = Path(folder, name)
             link.symlink_to(file.absolute())
             self._client.log_artifact(run_id, str(link))
+
+    def close_left(self) -> int:
+        """End the runs that killed processes left running, as KILLED, and return how many there were.
+
+        They get no outcome: an import may still find their records.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        left = [
+            run.info.run_id
+            for run in self._runs("attributes.status = 'RUNNING'")
+            if has_ended(run.data.tags.get(PROCESS_TAG, ""))
+        ]
+        for run_id in left:
+            _guard(self._client.set_tag, run_id, "reason", LEFT)
+            _guard(self._client.set_terminated, run_id, status="KILLED")
+        return len(left)
 
     def known(self) -> dict[str, tuple[str, bool]]:
         """Every run of the experiment by its record: run id, and whether it is complete."""

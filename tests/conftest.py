@@ -66,11 +66,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     home = tmp_path_factory.mktemp("sweeps")
     started: list[Sweep] = []
 
-    def start(*overrides: str) -> Sweep:
-        mark = f"sweep-{uuid.uuid4().hex}"
+    def start(*overrides: str, after: Sweep | None = None) -> Sweep:
+        mark = after.mark if after else f"sweep-{uuid.uuid4().hex}"
         folder = home / mark
         for name in ("cwd", "tmp"):
-            (folder / name).mkdir(parents=True)
+            (folder / name).mkdir(parents=True, exist_ok=after is not None)
         tracking = [f"tracking.uri={database(home)}", f"tracking.artifacts={home}/artifacts"]
         kept = [f"records={folder}/records", f"cache.folder={folder}/cache"]
         fixed = ["model=tiny", "gpu=cpu", "context=32", "protocol.threads=1", *kept, *tracking]

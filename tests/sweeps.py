@@ -45,7 +45,7 @@ class Sweep:
     def records(self) -> list[dict[str, Any]]:
         """Every record, in the order of the cells."""
         files = self.folder.glob("records/*/*.json")
-        found = [json.loads(file.read_text()) for file in files if file.parent.name != "experiments"]
+        found = [json.loads(file.read_text()) for file in files if file.parent.name not in ("experiments", "sweeps")]
         return sorted(found, key=lambda record: record["index"])
 
     def record(self, backend: str, execution: str = "eager") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from registry.report.cost import cost
 from registry.report.document import Report, markdown
 from registry.report.facts import facts
 from registry.report.matrix import matrix
-from registry.report.observation import pairs
+from registry.report.observation import latest, pairs
 from registry.report.page import html
 from registry.report.paired import judged, paired
 from registry.report.profiles import profiles
@@ -54,11 +54,12 @@ def build(
 
     Args:
         experiment: Names the sections.
-        observations: Its runs.
+        observations: Its runs; of several attempts at a cell in a session the last one counts.
         registrations: Of the sweeps that these belong to; their thresholds decide, not those that the configuration
             has now.
         prices: Dollars an hour by GPU profile, over those of the records.
     """
+    observations = latest(observations)
     found = pairs(observations, experiment)
     report = Report(experiment.name, experiment.question, facts(observations))
     for name in experiment.report:

@@ -16,7 +16,7 @@ from registry.outcome import Outcome
 from registry.schema import UNTIMED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from registry.record import Record
     from registry.schema import ExperimentConfig
@@ -126,6 +126,16 @@ class Pair:
         """Mean over the sessions of the baseline's median step time minus the candidate's."""
         one, other = self.baseline.values(TPOT), self.candidate.values(TPOT)
         return float(np.mean(one) - np.mean(other))
+
+
+def latest(observations: Iterable[Observation]) -> list[Observation]:
+    """The last attempt at each cell in each session: a sweep that was taken up again tried some more than once."""
+    found: dict[tuple[str, int, str], Observation] = {}
+    for one in observations:
+        place = one.record.sweep_id, one.record.index, one.record.cell_id
+        if place not in found or found[place].record.attempt < one.record.attempt:
+            found[place] = one
+    return [*found.values()]
 
 
 def cells(observations: Sequence[Observation]) -> list[Measured]:

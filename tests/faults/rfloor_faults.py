@@ -101,6 +101,25 @@ class HangsInStep(HfBackend):
         return super().decode_step(token)
 
 
+class Waits(HfBackend):
+    """Hangs in `load` until the sweep's folder holds a file called go; a worker that finds it decodes well."""
+
+    def load(self, capacity: int) -> None:
+        print(HANGING, flush=True)
+        while not Path("../go").exists():
+            time.sleep(0.05)
+        super().load(capacity)
+
+
+class FailsFirst(HfBackend):
+    """Broken until the sweep's folder holds a file called go."""
+
+    def load(self, capacity: int) -> None:
+        if not Path("../go").exists():
+            raise ValueError("not yet")
+        super().load(capacity)
+
+
 def hang() -> None:
     print(HANGING, flush=True)
     while True:
