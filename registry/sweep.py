@@ -196,7 +196,7 @@ def tell_plan(sweep: Sweep) -> None:
     for line in plan_notes(sweep.cells):
         out.print(line, highlight=False, markup=False)
     if sweep.measured:
-        out.print(f"{sweep.resumed}", highlight=False, markup=False)
+        out.print(sweep.resumed, highlight=False, markup=False)
 
 
 def _hold(sweep: Sweep) -> None:
@@ -314,7 +314,7 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
 
     from registry import record as records
     from registry.call import Call
-    from registry.display import Reporter, tell_report
+    from registry.display import Reporter, console, tell_report
     from registry.experiment_runs import close_runs, open_runs
     from registry.registration import register
 
@@ -331,6 +331,8 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         for job in sweep.left
     ]
     config = sweep.cells[0].config
+    if sweep.measured:
+        console().print(sweep.resumed, highlight=False, markup=False)
     with Reporter(len(jobs)) as reporter:
         call = Call(sweep.sweep_id, None, reporter.stage)
         for number in (signal.SIGINT, signal.SIGTERM):
