@@ -75,5 +75,5 @@ def _close(
     files = write(report, one.file.with_suffix(""))
     run_id = one.run_id
     if run_id:
-        call.tracked(lambda mlflow: mlflow.close_experiment(run_id, report.verdicts, files))
+        call.tracked(lambda mlflow: mlflow.close_experiment(run_id, report.verdict_lines, files))
     return report, files

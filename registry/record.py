@@ -50,6 +50,7 @@ class Record:
         kind: `step` for a whole decode step, `attention` for a kernel alone: what was timed.
         experiment: Name of the experiment that it was measured for; empty for none.
         session: Of how many times the sweep measured the cell this is which, from 0.
+        registration: SHA-256 of what was registered of that experiment before its first cell ran; empty for none.
         outcome: How it ended.
         label: The cell in one line.
         reason: Why it ended so, empty for ok.
@@ -81,6 +82,7 @@ class Record:
     kind: str = "step"
     experiment: str = ""
     session: int = 0
+    registration: str = ""
     reason: str = ""
     remedy: str = ""
     warnings: list[str] = field(default_factory=list)
@@ -121,6 +123,7 @@ LATER: dict[str, type | tuple[type, ...]] = {
     "kind": str,
     "experiment": str,
     "session": int,
+    "registration": str,
     "call_times_us": list,
     "event_call_times_us": (list, type(None)),
 }

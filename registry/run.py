@@ -74,6 +74,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
         kind=cell.config.protocol.measures,
         experiment=cell.config.experiment.name if cell.config.experiment.cells else "",
         session=session,
+        registration=call.registrations.get(cell.config.experiment.name, ""),
     )
     file = records.path(Path(cell.config.records), cell.cell_id, call.sweep_id, index)
     known = {"cell_id": cell.cell_id, "sweep_id": call.sweep_id, "gpu_name": cell.device.name}

@@ -211,12 +211,13 @@ class Config:
     dry_run: bool = False
     sweep_id: str | None = None
     session: int = 0
+    registration: str | None = None
 
 
 GROUPS = ("model", "gpu", "backend", "quant", "attention", "execution", "protocol", "experiment", "tracking")
 """The config groups, in the order in which a cell is told."""
 
-WHERE_TO = ("tracking", "cache", "context", "records", "dry_run", "sweep_id", "session", "experiment")
+WHERE_TO = ("tracking", "cache", "context", "records", "dry_run", "sweep_id", "session", "registration", "experiment")
 """Keys of a `Config` that say where a cell's runs go and who asks for it: not what is measured."""
 
 UNTIMED = ("timeout_s", "profiled_steps")

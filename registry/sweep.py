@@ -11,7 +11,7 @@ import secrets
 import signal
 import sys
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -69,11 +69,13 @@ class Sweep:
         cells: As they were typed.
         jobs: In the order in which they run.
         sweep_id: Ties the runs together.
+        seed: Of the jobs' order, drawn for this sweep: the next one has another order.
     """
 
     cells: list[Cell]
     jobs: list[Job]
-    sweep_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")
+    sweep_id: str
+    seed: int
 
 
 @dataclass
@@ -188,9 +190,10 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
     if problems:
         many = len(jobs) > 1
         raise BadInput("\n        ".join(f"{p} (in: {where})" if many else p for p, where in problems.items()))
-    protocol = cells[0].config.protocol
-    ordered = order(blocks(jobs, cells), protocol.sessions, protocol.seed)
-    return Sweep(cells, [Job(jobs[place], cells[place], session) for session, place in ordered])
+    seed = secrets.randbits(32)
+    ordered = order(blocks(jobs, cells), cells[0].config.protocol.sessions, seed)
+    sweep_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return Sweep(cells, [Job(jobs[place], cells[place], session) for session, place in ordered], sweep_id, seed)
 
 
 @cache
@@ -246,15 +249,24 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         task_function=job,
         config=composed,
     )
-    jobs = [[*job.overrides, f"sweep_id={sweep.sweep_id}", f"session={job.session}"] for job in sweep.jobs]
     config = sweep.cells[0].config
+    registered = register(sweep.sweep_id, [(job.session, job.cell) for job in sweep.jobs], sweep.seed)
+    hashes = {one.experiment.name: one.sha256 for one in registered}
+    jobs = [
+        [
+            *job.overrides,
+            f"sweep_id={sweep.sweep_id}",
+            f"session={job.session}",
+            f"registration={hashes.get(job.cell.config.experiment.name, 'null')}",
+        ]
+        for job in sweep.jobs
+    ]
     with Reporter(len(jobs)) as reporter:
-        call = Call(sweep.sweep_id, None, reporter.stage)
+        call = Call(sweep.sweep_id, None, reporter.stage, hashes)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, call.interrupt)
         reporter.stage(f"opening {config.tracking.uri.partition('://')[0]} tracking")
         _track(call, config.tracking)
-        registered = register(sweep.sweep_id, [(job.session, job.cell) for job in sweep.jobs])
         opened = open_runs(registered, Path(config.records), call)
         _running = Running(call, reporter)
         ended = [one.return_value for one in launcher.launch(jobs, initial_job_idx=0)]
@@ -287,7 +299,7 @@ def job(config: DictConfig) -> dict[str, Any]:
         _running.reporter.begin(cell.label)
     else:
         cell, session = _planner().plan(to_config(config)), int(config.session)
-        call = Call(config.sweep_id, None, lambda _: None)
+        call = Call(config.sweep_id, None, lambda _: None, {cell.config.experiment.name: config.registration or ""})
         _track(call, cell.config.tracking)
     record = run_cell(cell, number, session, call)
     if _running:

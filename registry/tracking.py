@@ -18,7 +18,7 @@ from registry import record as records
 from registry.archive import everything_in
 from registry.kernels import short
 from registry.outcome import Outcome, Refusal
-from registry.registration import KIND, Registration
+from registry.registration import HASH_TAG, KIND, Registration
 from registry.validate import SERVERS, redact
 
 if TYPE_CHECKING:
@@ -202,8 +202,14 @@ class Tracker:
         _guard(self._log_artifact, run_id, REGISTRATION, file)
         return run_id
 
-    def close_experiment(self, run_id: str, verdicts: Sequence[str], files: Sequence[Path]) -> None:
-        """Log an experiment's verdicts and report, and end its run.
+    def tell_experiment(self, run_id: str, verdicts: Sequence[str], files: Sequence[Path], place: str = "") -> None:
+        """Log an experiment's verdicts and report.
+
+        Args:
+            run_id: The experiment's own run.
+            verdicts: Line by line.
+            files: Of the report.
+            place: Folder among the artifacts.
 
         Raises:
             TrackingDown: See the class.
@@ -211,8 +217,30 @@ class Tracker:
         if verdicts:
             _guard(self._client.set_tag, run_id, "verdict", "\n".join(verdicts)[:TAG_LIMIT])
         for file in files:
-            _guard(self._log_artifact, run_id, file.name, file)
+            _guard(self._log_artifact, run_id, file.name, file, place)
+
+    def close_experiment(self, run_id: str, verdicts: Sequence[str], files: Sequence[Path]) -> None:
+        """Log an experiment's verdicts and report, and end its run.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        self.tell_experiment(run_id, verdicts, files)
         _guard(self._client.set_terminated, run_id, status="FINISHED")
+
+    def complete_experiment(self, run_id: str, file: Path) -> bool:
+        """Log a registration to its run where that is missing, and end the run; whether anything was missing.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        ended = _guard(self._client.get_run, run_id).info.status != "RUNNING"
+        there = {artifact.path for artifact in _guard(self._client.list_artifacts, run_id)}
+        if REGISTRATION not in there:
+            _guard(self._log_artifact, run_id, REGISTRATION, file)
+        if not ended:
+            _guard(self._client.set_terminated, run_id, status="FINISHED")
+        return not ended or REGISTRATION not in there
 
     def close(self, run_id: str, record: Record, files: Mapping[str, Path]) -> None:
         """Log a record's results into its run and end it.
@@ -246,12 +274,12 @@ class Tracker:
         status = STATUS.get(record.outcome, "FAILED")
         _guard(self._client.set_terminated, run_id, status=status, end_time=end)
 
-    def _log_artifact(self, run_id: str, name: str, file: Path) -> None:
+    def _log_artifact(self, run_id: str, name: str, file: Path, place: str = "") -> None:
         """Log a file under another name, byte by byte and however large."""
         with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
             link = Path(folder, name)
             link.symlink_to(file.absolute())
-            self._client.log_artifact(run_id, str(link))
+            self._client.log_artifact(run_id, str(link), place or None)
 
     def known(self) -> dict[str, tuple[str, bool]]:
         """Every run of the experiment by its record: run id, and whether it is complete."""
@@ -282,13 +310,19 @@ class Tracker:
         with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
             for run in self._runs(f"tags.experiment = '{experiment}'" if experiment else ""):
                 tags = run.data.tags
-                if (tags.get("kind") == KIND) != (name == REGISTRATION) or run.info.status == "RUNNING":
+                registrations = name == REGISTRATION  # which a run has from its beginning, and a record at its end
+                if (tags.get("kind") == KIND) != registrations or (
+                    run.info.status == "RUNNING" and not registrations
+                ):
                     continue
                 if sweeps and tags.get("sweep_id") not in sweeps:
                     continue
                 run_id = run.info.run_id
                 try:
-                    found.append((run_id, read(records.read_json(self._artifact(run_id, name, folder)))))
+                    one = read(records.read_json(self._artifact(run_id, name, folder)))
+                    if isinstance(one, Registration) and one.sha256 != tags.get(HASH_TAG):
+                        raise records.BadRecord("another registration than the one with which the run began")
+                    found.append((run_id, one))
                 except records.BadRecord as error:
                     problems.append(f"run {run_id}, {name}: {error}")
         return found, problems
@@ -333,6 +367,7 @@ def tags(record: Record) -> dict[str, str]:
         "sweep_id": record.sweep_id,
         "experiment": record.experiment,
         "session": record.session or ("0" if record.experiment else ""),
+        HASH_TAG: record.registration,
         "gpu_name": device.get("name", ""),
         "driver": device.get("driver", ""),
         "git_commit": git.get("commit", ""),
@@ -400,21 +435,23 @@ def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], 
     everything, problems = everything_in(folder)
     for file, found in everything:
         run_id, complete = known.get(found.record_id, ("", False))
+        if run_id and isinstance(found, Registration):
+            complete = not tracker.complete_experiment(run_id, file)
         if complete:
             counts["present"] += 1
             continue
         counts["completed" if run_id else "imported"] += 1
-        run_id = _import(tracker, found, run_id, file)
+        if not isinstance(found, Registration):
+            run_id = _import(tracker, found, run_id, file)
+        elif not run_id:
+            run_id = tracker.open_experiment(found, file)
+            tracker.close_experiment(run_id, (), ())
         known[found.record_id] = (run_id, True)
     return counts, problems
 
 
-def _import(tracker: Tracker, found: Record | Registration, run_id: str, file: Path) -> str:
-    """Log what MLflow lacks of a record or a registration; its run's id."""
-    if isinstance(found, Registration):
-        run_id = run_id or tracker.open_experiment(found, file)
-        tracker.close_experiment(run_id, (), ())
-        return run_id
+def _import(tracker: Tracker, found: Record, run_id: str, file: Path) -> str:
+    """Log what MLflow lacks of a record; its run's id."""
     if run_id:
         tracker.log_params(run_id, found.config)
     else:

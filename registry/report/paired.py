@@ -43,11 +43,11 @@ class Judged:
         )
 
 
-def judged(pairs: Sequence[Pair], experiment: ExperimentConfig) -> list[Judged]:
-    """Every claim that is made of a pair's GPU and block, with its verdict."""
+def judged(pairs: Sequence[Pair], experiment: ExperimentConfig, only: ClaimConfig | None = None) -> list[Judged]:
+    """Every claim that is made of a pair's GPU and block, or one alone, with its verdict."""
     return [
         Judged(claim, pair, stats.judge(pair.comparison.student, claim.killed_if, claim.speedup))
-        for claim in experiment.claims
+        for claim in ([only] if only else experiment.claims)
         for pair in pairs
         if applies(claim, pair.config["gpu"]["peak_bandwidth_gbs"]) and matches(pair.config, claim.where)
     ]

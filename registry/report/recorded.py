@@ -19,10 +19,17 @@ if TYPE_CHECKING:
     from registry.schema import Config
 
 
+POOLED = "pooled"
+"""The folder among a run's artifacts that has the report over several sweeps."""
+
+
 def report(
     config: Config, sweeps: Sequence[str], folder: Path, prices: Mapping[str, float]
 ) -> tuple[Report, list[Path], list[str]]:
     """Write an experiment's report, and log it to the runs of the experiment's sweeps.
+
+    Each of these gets what is said of its own registration as its verdict. A report over several sweeps stands in a
+    folder of its own beside the report that each sweep ended with.
 
     Args:
         config: Names the experiment and where MLflow is.
@@ -52,6 +59,7 @@ def report(
     fixed, unread = tracker.recorded(REGISTRATION, registrations.from_json, own, sweeps) if own else ([], [])
     found = build(experiment, observations, [registration for _, registration in fixed], prices)
     files = write(found, folder)
-    for run_id, _ in fixed:
-        tracker.close_experiment(run_id, found.verdicts, files)
+    place = POOLED if len(fixed) > 1 else ""
+    for run_id, one in fixed:
+        tracker.tell_experiment(run_id, found.verdicts.get(one.record_id, ()), files, place)
     return found, files, [*problems, *unread]
