@@ -8,6 +8,7 @@ the configuration names; `job` is what the launcher runs.
 from __future__ import annotations
 
 import secrets
+import shlex
 import signal
 import sys
 import traceback
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 ABOUT = ("help", "hydra_help", "shell_completion", "cfg", "info")
 """Flags with which Hydra tells about itself and runs nothing."""
+EXPERIMENT = "rfloor"
+"""MLflow's experiment where the call names no other (conf/tracking)."""
 REFUSED_FLAGS = ("config_path", "config_name", "config_dir", "experimental_rerun", "package", "resolve")
 
 
@@ -333,7 +336,9 @@ def _tell_where(errors: set[str], config: Config, page: str) -> None:
 
     out = console()
     uri = redact(config.tracking.uri)
-    later = f"rfloor import {config.records} tracking.uri={uri}"
+    experiment = config.tracking.experiment
+    named = "" if experiment == EXPERIMENT else f" tracking.experiment={shlex.quote(experiment)}"
+    later = f"rfloor import {shlex.quote(config.records)} tracking.uri={uri}{named}"
     for error in errors:
         out.print(f"MLflow did not take every run ({error}). Once it does: {later}", highlight=False, markup=False)
     if uri.startswith(SERVERS):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from registry import record as records
 from registry.archive import everything_in
 from registry.kernels import short
-from registry.outcome import Outcome, Refusal
+from registry.outcome import BadInput, Outcome, Refusal, nearest
 from registry.registration import HASH_TAG, KIND, Registration
 from registry.validate import SERVERS, redact
 
@@ -83,12 +83,18 @@ class Tracker:
 
     Args:
         config: Where it is.
+        reading: Only look: nothing is created where there is none.
 
     Raises:
         TrackingDown: MLflow cannot be reached.
+        BadInput: There is nothing to look at.
     """
 
-    def __init__(self, config: TrackingConfig) -> None:
+    def __init__(self, config: TrackingConfig, reading: bool = False) -> None:
+        if reading and (file := _missing_database(config.uri)):
+            raise BadInput(
+                f"tracking.uri={redact(config.uri)}: there is no {file}; nothing was measured or imported there"
+            )
         for name, value in QUIET_CLIENT.items():
             os.environ.setdefault(name, value)
         import logging
@@ -103,9 +109,15 @@ class Tracker:
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what fails is raised, and told once
         self.uri = config.uri
         self._client = _guard(MlflowClient, config.uri)
-        self._experiment = _guard(self._find_experiment, config)
+        found = _guard(self._find_experiment, config, create=not reading)
+        if found is None:
+            known = [one.name for one in _guard(self._client.search_experiments)]
+            raise BadInput(
+                f"MLflow has no experiment called {config.experiment!r}: {nearest(config.experiment, known)}"
+            )
+        self._experiment: str = found
 
-    def _find_experiment(self, config: TrackingConfig) -> str:
+    def _find_experiment(self, config: TrackingConfig, create: bool) -> str | None:
         from mlflow.exceptions import MlflowException
 
         found = self._client.get_experiment_by_name(config.experiment)
@@ -116,6 +128,8 @@ class Tracker:
             )
         if found is not None:
             return str(found.experiment_id)
+        if not create:
+            return None
         location = None
         if config.artifacts and not config.uri.startswith(SERVERS):
             folder = config.artifacts
@@ -458,6 +472,12 @@ def _import(tracker: Tracker, found: Record, run_id: str, file: Path) -> str:
         run_id = tracker.open(found.record_id, found.label, found.config, tags(found), found.started_at)
     tracker.close(run_id, found, artifacts(file))
     return run_id
+
+
+def _missing_database(uri: str) -> str:
+    """The SQLite file of a tracking URI that is not there, which MLflow would make."""
+    name = uri.partition(":///")[2].partition("?")[0] if uri.startswith("sqlite") else ""
+    return name if name and not Path(name).exists() else ""
 
 
 def _guard(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

@@ -20,7 +20,7 @@ from registry.outcome import BadInput
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
 from registry.report.build import SECTIONS
-from registry.schema import ClaimConfig, GpuConfig, from_plain
+from registry.schema import ClaimConfig, GpuConfig, StudyFigure, from_plain
 from registry.sessions import order
 from registry.validate import SECTIONS as ALLOWED
 from registry.validate import validate
@@ -134,6 +134,8 @@ def test_an_arm_that_is_left_out_is_refused(composer: Composer, profiles: dict[s
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"name": "a/b"}, "a name of letters"),
+        ({"study": [StudyFigure("r_floor", 0.0, "h100", source="s")]}, "a ratio to it is told"),
         ({"arms": "exekution"}, "arms is one of"),
         ({"arms": "execution"}, "has a baseline and a candidate"),
         ({"report": ["matricks"]}, "did you mean matrix"),
@@ -166,6 +168,27 @@ def test_a_dry_run_lists_the_cells_as_typed_and_how_often_they_are_measured(
     assert plan_notes(cells)[-1] == "Each cell is measured in 10 sessions"
     _, cells = planned(composer, profiles, "experiment=matrix")
     assert not any("sessions" in note for note in plan_notes(cells))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: mine\nqestion: x\ncells: [{model: tiny}]", "Key 'qestion' not in 'ExperimentConfig'"),
+        ("name: mine\ncells: {model: tiny}", "Cannot merge DictConfig with ListConfig"),
+        ("name: mine\ncells: [", "found '<stream end>' in .*mine.yaml"),
+        ('name: mine\ncells: [{model.weights: "a,b=c d"}]', "cannot read the cells of experiment=mine: mismatched"),
+        ("name: other\ncells: [{model: tiny}]", "experiment=mine calls itself 'other'"),
+    ],
+)
+def test_a_mistake_in_an_experiment_s_file_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    monkeypatch.setattr(Catalog, "conf_folders", lambda _: [tmp_path])
+    with pytest.raises(BadInput, match=words) as caught:
+        Composer(Catalog()).jobs(["experiment=mine"], multirun=True)
+    assert "\n" not in str(caught.value)
 
 
 # Blocks and sessions
@@ -388,6 +411,59 @@ def test_a_report_over_several_sweeps_leaves_each_its_own(
         assert found == {"registration.json", "pooled"} | ({"report.html", "report.md"} if own else set())
     assert (tmp_path / "both" / "report.md").read_text().count("**registered ") == 2
     capsys.readouterr()
+
+
+def test_a_report_of_nothing_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from registry import cli
+
+    uri = f"tracking.uri={database(tmp_path)}"
+    assert cli.main(["report", "matrix", f"out={tmp_path / 'told'}", uri]) == 2
+    assert "nothing was measured or imported there" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "none").mkdir()
+    assert cli.main(["import", str(tmp_path / "none"), uri, f"tracking.artifacts={tmp_path}/a"]) == 0
+    assert cli.main(["report", "matrix", f"out={tmp_path / 'told'}", uri, "tracking.experiment=rflor"]) == 2
+    assert "no experiment called 'rflor': did you mean rfloor?" in capsys.readouterr().err
+    assert cli.main(["report", "cost", f"out={tmp_path / 'told'}", uri]) == 2
+    assert "experiment=cost: measure some, or rfloor import" in capsys.readouterr().err
+    assert not (tmp_path / "told").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["model=tiny"], "a report takes out=, sweep="),
+        (["prices.cpu=1"], "a report takes out=, sweep="),
+        (["sweep="], "sweep=VALUE"),
+        (["out"], "out=VALUE"),
+        (["out=a", "out=b"], "given twice"),
+        (["price.cpuu=1"], "did you mean cpu"),
+        (["price.cpu=-1"], "more than 0"),
+    ],
+)
+def test_what_a_report_does_not_take_is_refused(
+    given: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from registry import cli
+
+    assert cli.main(["report", "matrix", *given]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_sweep_that_is_not_there_is_named(
+    measured: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sweeps import FAULTS
+
+    from registry import cli
+
+    [sweep_id] = {record["sweep_id"] for record in measured.records()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FAULTS))
+        uri = f"tracking.uri={database(measured.home)}"
+        assert cli.main(["report", "arms", f"out={tmp_path / 'told'}", f"sweep={sweep_id},bogus", uri]) == 2
+    assert "is of the sweep bogus" in capsys.readouterr().err
+    assert not (tmp_path / "told").exists()
 
 
 def test_a_registration_that_mlflow_lost_is_told_and_imported_again(

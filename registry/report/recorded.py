@@ -45,17 +45,20 @@ def report(
         TrackingDown: MLflow cannot be reached.
     """
     experiment = config.experiment
-    tracker = Tracker(config.tracking)
+    tracker = Tracker(config.tracking, reading=True)
     own = experiment.name if experiment.cells else ""  # a report without cells of its own tells of all runs
     measured, problems = tracker.recorded(RECORD, records.from_plain, own, sweeps)
     observations = [Observation(record, run_id) for run_id, record in measured]
     if not observations:
         told = f" of the sweeps {', '.join(sweeps)}" if sweeps else ""
         which = f" ({len(problems)} are no records: {problems[0]})" if problems else ""
+        measure = f"measure them with python runner.py -m experiment={experiment.name}" if own else "measure some"
         raise BadInput(
             f"MLflow's {config.tracking.experiment!r} has no runs of experiment={experiment.name}{told}{which}: "
-            f"measure them with python runner.py -m experiment={experiment.name}, or rfloor import their records"
+            f"{measure}, or rfloor import their records"
         )
+    if absent := set(sweeps) - {one.record.sweep_id for one in observations}:
+        raise BadInput(f"no run of experiment={experiment.name} is of the sweep {', '.join(sorted(absent))}")
     fixed, unread = tracker.recorded(REGISTRATION, registrations.from_json, own, sweeps) if own else ([], [])
     found = build(experiment, observations, [registration for _, registration in fixed], prices)
     files = write(found, folder)
