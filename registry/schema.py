@@ -152,14 +152,14 @@ class StudyFigure:
     """A figure of the study, for the cells of `gpu` whose configuration has the values of `where` (dotted keys).
 
     `metric` is one of a run's metrics or of a comparison's (`speedup`, `difference_ms`); `over` says what was taken
-    over several cells (`min`, `median`, `max`).
+    over several cells (`min`, `median`, `max`), and is empty for a figure of one cell.
     """
 
     metric: str = MISSING
     value: float = MISSING
     gpu: str = MISSING
     where: dict[str, Any] = field(default_factory=dict)
-    over: str = "median"
+    over: str = ""
     source: str = MISSING
 
 

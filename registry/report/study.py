@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from registry.experiments import matches
 from registry.report.document import Row, Section, Table
-from registry.report.labels import number
+from registry.report.labels import named, number, varying
 from registry.report.observation import cells
+from registry.report.paired import block
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,49 +32,76 @@ OF_PAIRS: dict[str, Callable[[Pair], float]] = {
 """Figures of two arms."""
 
 
+@dataclass(frozen=True)
+class Ours:
+    """What stands beside a figure of the study.
+
+    Attributes:
+        value: Ours; `None` where there is none of that cell on that GPU, or no telling which.
+        runs: Where it comes from.
+        several: Our cells, where the figure could be of more than one.
+    """
+
+    value: float | None = None
+    runs: Sequence[Observation] = ()
+    several: Sequence[str] = ()
+
+
 def study(observations: Sequence[Observation], pairs: Sequence[Pair], experiment: ExperimentConfig) -> list[Section]:
-    """Each figure that the study states, ours of the same cell where there is one, and the ratio."""
+    """Each figure that the study states, ours of the same cell where there is one, and the ratio.
+
+    A figure of one cell that several of ours could be has none of them beside it: which are meant is not for a median
+    to say.
+    """
     if not experiment.study:
         return []
     here = {one.record.config["gpu"]["name"] for one in observations}
     theirs = {figure.gpu for figure in experiment.study}
-    rows = [_row(figure, observations, pairs) for figure in experiment.study]
+    found = [_ours(figure, observations, pairs) for figure in experiment.study]
+    rows = [_row(figure, ours) for figure, ours in zip(experiment.study, found, strict=True)]
     headings = ["study's GPU", "cell", "figure", "stated in", "study", "ours", "ours / study"]
     absent = ", ".join(sorted(here - theirs))
     text = [f"The study did not have {absent}: its figures stand for comparison, of other GPUs."] if absent else []
+    text += [
+        f"Ambiguous, so not compared: {figure.metric} of {figure.gpu}, {_cell(figure)}, is that of "
+        f"{' and of '.join(ours.several)}."
+        for figure, ours in zip(experiment.study, found, strict=True)
+        if ours.several
+    ]
     return [Section("The study's figures", text, [Table(headings, rows, text_columns=4)])]
 
 
-def _row(figure: StudyFigure, observations: Sequence[Observation], pairs: Sequence[Pair]) -> Row:
-    ours, runs = _ours(figure, observations, pairs)
-    cell = " ".join(
-        f"{key.rpartition('.')[0].partition('.')[0]}={value}"
-        if key.endswith(".name")
-        else f"{key.rpartition('.')[2]}={value}"
-        for key, value in figure.where.items()
-    )
-    name = figure.metric if figure.over == "median" else f"{figure.over} {figure.metric}"
-    told = [number(ours, 3), number(ours / figure.value, 3)] if ours is not None else ["", ""]
-    return Row([figure.gpu, cell, name, figure.source, f"{figure.value:g}", *told], runs)
+def _row(figure: StudyFigure, ours: Ours) -> Row:
+    name = f"{figure.over} {figure.metric}".strip()
+    value = ours.value
+    told = [number(value, 3), number(value / figure.value, 3)] if value is not None else ["", ""]
+    if ours.several:
+        told = ["ambiguous", ""]
+    return Row([figure.gpu, _cell(figure), name, figure.source, f"{figure.value:g}", *told], ours.runs)
+
+
+def _cell(figure: StudyFigure) -> str:
+    """What a figure is of: a group's choice by the group, any other key by its last part."""
+    return " ".join(f"{_short(key)}={value}" for key, value in figure.where.items())
 
 
 def _short(key: str) -> str:
-    """A dotted key as it is typed: a group's name by the group, any other key by its last part."""
     return key.removesuffix(".name") if key.endswith(".name") else key.rpartition(".")[2]
 
 
-def _ours(
-    figure: StudyFigure, observations: Sequence[Observation], pairs: Sequence[Pair]
-) -> tuple[float | None, Sequence[Observation]]:
-    """Our figure and the runs that it comes from; `None` where there is none of that cell on that GPU."""
+def _ours(figure: StudyFigure, observations: Sequence[Observation], pairs: Sequence[Pair]) -> Ours:
     where = {"gpu.name": figure.gpu, **figure.where}
     if figure.metric in OF_PAIRS:
-        for pair in pairs:
-            if matches(pair.config, where):
-                return OF_PAIRS[figure.metric](pair), [*pair.baseline.ok, *pair.candidate.ok]
-        return None, ()
+        blocks = [pair for pair in pairs if matches(pair.config, where)]
+        if len(blocks) != 1:
+            return Ours(several=[block(pair) for pair in blocks])
+        return Ours(OF_PAIRS[figure.metric](blocks[0]), [*blocks[0].baseline.ok, *blocks[0].candidate.ok])
     found = [one for one in cells(observations) if matches(one.config, where) and one.values(figure.metric)]
     values = [value for one in found if (value := one.median(figure.metric)) is not None]
     if not values:
-        return None, ()
-    return OVER[figure.over](values), [run for one in found for run in one.ok]
+        return Ours()
+    if not figure.over and len(found) > 1:
+        axes = varying([one.config for one in found])
+        return Ours(several=[named(one.config, axes) for one in found])
+    value = OVER[figure.over](values) if figure.over else values[0]
+    return Ours(value, [run for one in found for run in one.ok])
