@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from test_report import run
@@ -78,3 +79,71 @@ def test_of_two_cells_that_a_figure_could_be_of_none_is_taken(make: Make, named:
     section, told = compared(named("stack"), found)
     assert told[0] == ["h100", "median_tpot_ms", "17.07", "ambiguous", ""]
     assert any(re.search("median_tpot_ms of h100.* is that of seed=0 and of seed=1", text) for text in section.text)
+
+
+@pytest.mark.parametrize("other", ["model=mistral-7b-v0.3", "context=4096", "protocol.batch_size=2", "quant=nf4"])
+@pytest.mark.parametrize("name", ["graphs_ab", "batch4", "stack", "quant", "profile", "matrix"])
+def test_another_model_s_context_s_or_quantisation_s_step_is_no_figure_of_the_study(
+    make: Make, named: Named, name: str, other: str
+) -> None:
+    """A figure that leaves out what it is of would take whatever was measured."""
+    experiment = named(name)
+    for gpu in ("h100", "l4"):
+        found = []
+        for execution in ("eager", "cuda_graph"):
+            one = run(make(other, f"execution={execution}", "execution.cache=static", gpu=gpu), len(found), 20.0)
+            one.record.metrics |= {"bw_util": 0.25, "cpu_cuda_ratio": 0.7, "peak_memory_gb": 1.0}
+            found.append(one)
+        wrong = [
+            figure
+            for figure, row in zip(
+                experiment.study, study(found, pairs(found, experiment), experiment)[0].tables[0].rows, strict=True
+            )
+            if row.runs and not figure.over and not _may_be(figure.where, other)
+        ]
+        assert wrong == []
+
+
+def _may_be(where: dict[str, Any], override: str) -> bool:
+    """Whether a figure is stated of what an override chooses."""
+    key, _, value = override.partition("=")
+    dotted = {"model": "model.name", "quant": "quant.name", "context": "protocol.context"}.get(key, key)
+    return str(where.get(dotted)) == value
+
+
+TWELVE = [
+    (model, context)
+    for model in ("qwen2.5-7b", "mistral-7b-v0.3", "llama-3.1-8b")
+    for context in (2048, 4096, 8192, 16384)
+]
+
+
+def test_the_least_of_twelve_cells_is_compared_with_the_least_of_twelve(make: Make, named: Named) -> None:
+    """Steps of 10, 11 ... 21 ms have floors over steps of 5/10, 5/11 ... 5/21; their median is between 5/15 and 5/16."""
+    found = [
+        run(make(f"model={model}", f"context={context}"), place, 10.0 + place)
+        for place, (model, context) in enumerate(TWELVE)
+    ]
+    section, told = compared(named("matrix"), found)
+    assert told == [
+        ["h100", "min r_floor", "0.19", "0.238", "1.253"],
+        ["h100", "median r_floor", "0.26", "0.323", "1.242"],
+        ["h100", "max r_floor", "0.31", "0.500", "1.613"],
+        ["h100", "median_tpot_ms", "16.97", "10.000", "0.589"],
+    ]
+    assert {row["our cells"] for row in rows(section) if row["ours"]} == {"12 of 12", ""}
+    # Another quantisation's cells are none of the twelve; eleven are no twelve.
+    extra = [run(make("quant=nf4"), 20, 2.0), *found[1:]]
+    section, told = compared(named("matrix"), extra)
+    assert [row[1:] for row in told] == [
+        ["min r_floor", "0.19", "0.238", ""],
+        ["median r_floor", "0.26", "0.312", ""],
+        ["max r_floor", "0.31", "0.455", ""],
+    ]
+    assert {row["our cells"] for row in rows(section) if row["ours"]} == {"11 of 12"}
+
+
+def test_a_second_cell_of_the_twelve_s_kind_makes_them_ambiguous(make: Make, named: Named) -> None:
+    found = [run(make(f"protocol.warmup_steps={steps}"), steps, 20.0) for steps in (1, 5)]
+    _, told = compared(named("matrix"), found)
+    assert {row[3] for row in told} == {"ambiguous"}

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from registry.experiments import matches
+from registry.experiments import matches, places, value_of
 from registry.report.document import Row, Section, Table
 from registry.report.labels import named, number, varying
 from registry.report.observation import cells
 from registry.report.paired import block
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from registry.report.observation import Observation, Pair
     from registry.schema import ExperimentConfig, StudyFigure
@@ -40,18 +40,21 @@ class Ours:
         value: Ours; `None` where there is none of that cell on that GPU, or no telling which.
         runs: Where it comes from.
         several: Our cells, where the figure could be of more than one.
+        cells: Over how many cells of ours it was taken.
     """
 
     value: float | None = None
     runs: Sequence[Observation] = ()
     several: Sequence[str] = ()
+    cells: int = 0
 
 
 def study(observations: Sequence[Observation], pairs: Sequence[Pair], experiment: ExperimentConfig) -> list[Section]:
     """Each figure that the study states, ours of the same cell where there is one, and the ratio.
 
-    A figure of one cell that several of ours could be has none of them beside it: which are meant is not for a median
-    to say.
+    A figure of one cell that several of ours could be has none of them beside it: which is meant is not for a median
+    to say. One over several cells has ours over those of them that there are, with their number, and a ratio only over
+    all of them.
     """
     if not experiment.study:
         return []
@@ -59,7 +62,7 @@ def study(observations: Sequence[Observation], pairs: Sequence[Pair], experiment
     theirs = {figure.gpu for figure in experiment.study}
     found = [_ours(figure, observations, pairs) for figure in experiment.study]
     rows = [_row(figure, ours) for figure, ours in zip(experiment.study, found, strict=True)]
-    headings = ["study's GPU", "cell", "figure", "stated in", "study", "ours", "ours / study"]
+    headings = ["study's GPU", "cell", "figure", "stated in", "study", "our cells", "ours", "ours / study"]
     absent = ", ".join(sorted(here - theirs))
     text = [f"The study did not have {absent}: its figures stand for comparison, of other GPUs."] if absent else []
     text += [
@@ -74,15 +77,19 @@ def study(observations: Sequence[Observation], pairs: Sequence[Pair], experiment
 def _row(figure: StudyFigure, ours: Ours) -> Row:
     name = f"{figure.over} {figure.metric}".strip()
     value = ours.value
-    told = [number(value, 3), number(value / figure.value, 3)] if value is not None else ["", ""]
-    if ours.several:
-        told = ["ambiguous", ""]
+    ratio = value / figure.value if value is not None and ours.cells == places(figure.where) else None
+    count = f"{ours.cells} of {places(figure.where)}" if figure.over else ""
+    told = [count, "ambiguous" if ours.several else number(value, 3), number(ratio, 3)]
     return Row([figure.gpu, _cell(figure), name, figure.source, f"{figure.value:g}", *told], ours.runs)
 
 
 def _cell(figure: StudyFigure) -> str:
     """What a figure is of: a group's choice by the group, any other key by its last part."""
-    return " ".join(f"{_short(key)}={value}" for key, value in figure.where.items())
+    return " ".join(f"{_short(key)}={_told(value)}" for key, value in figure.where.items())
+
+
+def _told(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _short(key: str) -> str:
@@ -95,13 +102,18 @@ def _ours(figure: StudyFigure, observations: Sequence[Observation], pairs: Seque
         blocks = [pair for pair in pairs if matches(pair.config, where)]
         if len(blocks) != 1:
             return Ours(several=[block(pair) for pair in blocks])
-        return Ours(OF_PAIRS[figure.metric](blocks[0]), [*blocks[0].baseline.ok, *blocks[0].candidate.ok])
+        return Ours(OF_PAIRS[figure.metric](blocks[0]), [*blocks[0].baseline.ok, *blocks[0].candidate.ok], cells=1)
     found = [one for one in cells(observations) if matches(one.config, where) and one.values(figure.metric)]
     values = [value for one in found if (value := one.median(figure.metric)) is not None]
     if not values:
         return Ours()
-    if not figure.over and len(found) > 1:
+    if len({_choice(one.config, figure) for one in found}) < len(found):
         axes = varying([one.config for one in found])
         return Ours(several=[named(one.config, axes) for one in found])
     value = OVER[figure.over](values) if figure.over else values[0]
-    return Ours(value, [run for one in found for run in one.ok])
+    return Ours(value, [run for one in found for run in one.ok], cells=len(found))
+
+
+def _choice(config: Mapping[str, Any], figure: StudyFigure) -> tuple[Any, ...]:
+    """Which of the cells that a figure describes this is one of."""
+    return tuple(value_of(config, key) for key in figure.where)
