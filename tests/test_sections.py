@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from planning import H200
 from test_report import run
 
 from registry.compose import Composer
@@ -19,6 +20,7 @@ from registry.schema import ExperimentConfig, GpuConfig
 GiB = 1 << 30
 DEVICES = {
     "h100": Device("cuda", "NVIDIA H100 80GB HBM3", 80 * GiB, "GPU-1", (9, 0), "580.1"),
+    "h200": H200,
     "l4": Device("cuda", "NVIDIA L4", 24 * GiB, "GPU-2", (8, 9), "580.1"),
 }
 Make = Callable[..., Cell]
@@ -60,6 +62,20 @@ def compared(experiment: ExperimentConfig, found: Sequence[Observation]) -> tupl
 
 
 # Beside the study's figures
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "words"),
+    [
+        ("stack", "l4", ["The study had l4 too, and states none of these figures of it."]),
+        ("stack", "h100", []),
+        ("quant", "h100", ["The study had h100 too, and states none of these figures of it."]),
+        ("matrix", "h200", ["The study did not have h200: its figures stand for comparison, of other GPUs."]),
+    ],
+)
+def test_what_gpus_the_study_had(make: Make, named: Named, name: str, gpu: str, words: list[str]) -> None:
+    section, _ = compared(named(name), [run(make(gpu=gpu), 0, 20.0)])
+    assert list(section.text) == words
 
 
 def test_a_stack_s_figures_are_those_of_the_plain_body_alone(make: Make, named: Named) -> None:

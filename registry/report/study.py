@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from registry.report.observation import Observation, Pair
     from registry.schema import ExperimentConfig, StudyFigure
 
+GPUS = ("h100", "a100-80gb", "l40s", "l4")
+"""The study's four (arXiv 2605.30571, section 3.3), whatever an experiment's figures are of."""
 OVER: dict[str, Callable[[list[float]], float]] = {
     "min": min,
     "median": lambda values: float(np.median(values)),
@@ -63,8 +65,11 @@ def study(observations: Sequence[Observation], pairs: Sequence[Pair], experiment
     found = [_ours(figure, observations, pairs) for figure in experiment.study]
     rows = [_row(figure, ours) for figure, ours in zip(experiment.study, found, strict=True)]
     headings = ["study's GPU", "cell", "figure", "stated in", "study", "our cells", "ours", "ours / study"]
-    absent = ", ".join(sorted(here - theirs))
-    text = [f"The study did not have {absent}: its figures stand for comparison, of other GPUs."] if absent else []
+    text = []
+    if absent := ", ".join(sorted(here - {*GPUS})):
+        text.append(f"The study did not have {absent}: its figures stand for comparison, of other GPUs.")
+    if untold := ", ".join(sorted((here & {*GPUS}) - theirs)):
+        text.append(f"The study had {untold} too, and states none of these figures of it.")
     text += [
         f"Ambiguous, so not compared: {figure.metric} of {figure.gpu}, {_cell(figure)}, is that of "
         f"{' and of '.join(ours.several)}."
