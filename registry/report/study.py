@@ -10,7 +10,7 @@ import numpy as np
 from registry.experiments import matches, places, value_of
 from registry.report.document import Row, Section, Table
 from registry.report.labels import named, number, varying
-from registry.report.observation import cells
+from registry.report.observation import TPOT, cells
 from registry.report.paired import block
 
 if TYPE_CHECKING:
@@ -30,8 +30,10 @@ OVER: dict[str, Callable[[list[float]], float]] = {
 OF_PAIRS: dict[str, Callable[[Pair], float]] = {
     "speedup": lambda pair: pair.comparison.mean,
     "difference_ms": lambda pair: pair.difference_ms,
+    "baseline_ms": lambda pair: pair.baseline.mean(TPOT),
+    "candidate_ms": lambda pair: pair.candidate.mean(TPOT),
 }
-"""Figures of two arms."""
+"""Figures of two arms, means over the sessions that have both, as the study's of section 5 are."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ def study(observations: Sequence[Observation], pairs: Sequence[Pair], experiment
     """Each figure that the study states, ours of the same cell where there is one, and the ratio.
 
     A figure of one cell that several of ours could be has none of them beside it: which is meant is not for a median
-    to say. One over several cells has ours over those of them that there are, with their number, and a ratio only over
-    all of them.
+    to say. One over several cells has ours over those of them that there are, with their number, and a ratio over all
+    of them alone.
     """
     if not experiment.study:
         return []
