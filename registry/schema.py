@@ -152,8 +152,9 @@ class StudyFigure:
     """A figure of the study, for the cells of `gpu` whose configuration has the values of `where` (dotted keys).
 
     `metric` is one of a run's metrics or of a comparison's (`speedup`, `difference_ms`, and `baseline_ms` and
-    `candidate_ms`, which are means over the sessions where a run's metrics stand for their median); `over` says what was taken
-    over several cells (`min`, `median`, `max`), and is empty for a figure of one cell.
+    `candidate_ms`, which are means over the sessions where a run's metrics stand for their median), or
+    `usd_per_mtok`, that of the cheapest cell. `over` says what was taken over several cells (`min`, `median`, `max`),
+    and is empty for a figure of one cell.
     """
 
     metric: str = MISSING

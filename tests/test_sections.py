@@ -12,8 +12,10 @@ from registry.compose import Composer
 from registry.hardware import Device
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
+from registry.report.build import build
 from registry.report.document import Section
 from registry.report.observation import Observation, pairs
+from registry.report.prices import prices
 from registry.report.study import study
 from registry.schema import ExperimentConfig, GpuConfig
 
@@ -54,9 +56,11 @@ def titled(sections: Sequence[Section], title: str) -> Section:
     return found
 
 
-def compared(experiment: ExperimentConfig, found: Sequence[Observation]) -> tuple[Section, list[list[str]]]:
+def compared(
+    experiment: ExperimentConfig, found: Sequence[Observation], **given: float
+) -> tuple[Section, list[list[str]]]:
     """The study's section, and of each of its rows that has ours: GPU, figure, the study's, ours, ratio."""
-    [section] = study(found, pairs(found, experiment), experiment)
+    [section] = study(found, pairs(found, experiment), experiment, prices(found, given))
     told = [[row[key] for key in ("study's GPU", "figure", "study", "ours", "ours / study")] for row in rows(section)]
     return section, [row for row in told if row[3]]
 
@@ -135,7 +139,9 @@ def test_another_model_s_context_s_or_quantisation_s_step_is_no_figure_of_the_st
         wrong = [
             figure
             for figure, row in zip(
-                experiment.study, study(found, pairs(found, experiment), experiment)[0].tables[0].rows, strict=True
+                experiment.study,
+                study(found, pairs(found, experiment), experiment, {})[0].tables[0].rows,
+                strict=True,
             )
             if row.runs and not figure.over and not _may_be(figure.where, other)
         ]
@@ -185,3 +191,39 @@ def test_a_second_cell_of_the_twelve_s_kind_makes_them_ambiguous(make: Make, nam
     found = [run(make(f"protocol.warmup_steps={steps}"), steps, 20.0) for steps in (1, 5)]
     _, told = compared(named("matrix"), found)
     assert {row[3] for row in told} == {"ambiguous"}
+
+
+# Dollars
+
+
+def test_the_study_s_dollars_are_beside_the_ladder_s_cheapest_cell_at_the_ladder_s_price(
+    make: Make, named: Named
+) -> None:
+    """36 $/h are 0.01 $ a second, so a token of 10 ms is a ten-thousandth of a dollar: 100 $ a million."""
+    times = {"execution=eager": 20.0, "execution=cuda_graph": 12.0, "attention=flashinfer": 10.0}
+    found = [run(make(lever), place, tpot) for place, (lever, tpot) in enumerate(times.items())]
+    section, told = compared(named("cost"), found, h100=36.0)
+    assert told == [["h100", "usd_per_mtok", "11.45", "100.000", "8.734"]]
+    assert section.text[-1] == (
+        "Ours beside the 11.45 usd_per_mtok of h100 is of hf none flashinfer eager at 36.00 $/h."
+    )
+    [row] = rows(titled(build(named("cost"), found, prices={"h100": 36.0}).sections, "$/Mtok"))
+    assert (row["$/h"], row["TPOT ms"], row["$/Mtok"], row["times the cheapest"]) == (
+        "36.00",
+        "10.00",
+        "100.00",
+        "1.00",
+    )
+
+
+def test_a_gpu_has_one_price_the_newest_record_s_or_the_one_that_is_given(make: Make, named: Named) -> None:
+    """3.6 and 7.2 $/h: at 7.2 $/h a step of 10 ms costs 20 $ a million tokens, one of 20 ms costs 40 $."""
+    found = [
+        run(make("gpu.price_usd_per_hour=3.6"), 0, 20.0),
+        run(make("gpu.price_usd_per_hour=7.2", "execution=cuda_graph"), 1, 10.0),
+    ]
+    for order in (found, found[::-1]):
+        assert prices(order, {}) == {"h100": 7.2}
+        told = rows(titled(build(named("stack"), order).sections, "Cells"))
+        assert sorted(row["$/Mtok"] for row in told) == ["20.00", "40.00"]
+    assert prices(found, {"h100": 1.0}) == {"h100": 1.0}

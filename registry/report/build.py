@@ -13,6 +13,7 @@ from registry.report.matrix import matrix
 from registry.report.observation import pairs
 from registry.report.page import html
 from registry.report.paired import judged, paired
+from registry.report.prices import prices as priced
 from registry.report.profiles import profiles
 from registry.report.steps import steps
 from registry.report.study import study
@@ -35,9 +36,9 @@ SECTIONS: dict[str, Maker] = {
     "cost": lambda runs, _, __, prices: cost(runs, prices),
     "matrix": lambda runs, *_: matrix(runs),
     "pairs": lambda _, found, experiment, __: paired(found, experiment),
-    "variants": lambda runs, *_: variants(runs),
+    "variants": lambda runs, _, __, prices: variants(runs, prices),
     "profiles": lambda runs, *_: profiles(runs),
-    "study": lambda runs, found, experiment, _: study(runs, found, experiment),
+    "study": study,
     "steps": lambda runs, *_: steps(runs),
 }
 """What an experiment's `report` may name."""
@@ -59,10 +60,10 @@ def build(
             has now.
         prices: Dollars an hour by GPU profile, over those of the records.
     """
-    found = pairs(observations, experiment)
+    found, hourly = pairs(observations, experiment), priced(observations, prices or {})
     report = Report(experiment.name, experiment.question, facts(observations))
     for name in experiment.report:
-        report.sections += SECTIONS[name](observations, found, experiment, prices or {})
+        report.sections += SECTIONS[name](observations, found, experiment, hourly)
     if experiment.claims:
         report.verdicts = _verdicts(experiment, found, registrations)
     return report

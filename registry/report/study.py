@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from registry.experiments import matches, places, value_of
+from registry.report.cost import ladders, lever
 from registry.report.document import Row, Section, Table
 from registry.report.labels import named, number, varying
 from registry.report.observation import TPOT, cells
@@ -34,6 +35,8 @@ OF_PAIRS: dict[str, Callable[[Pair], float]] = {
     "candidate_ms": lambda pair: pair.candidate.mean(TPOT),
 }
 """Figures of two arms, means over the sessions that have both, as the study's of section 5 are."""
+DOLLARS = "usd_per_mtok"
+"""A figure of the cheapest cell, at the price by which it is the cheapest."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,22 @@ class Ours:
         runs: Where it comes from.
         several: Our cells, where the figure could be of more than one.
         cells: Over how many cells of ours it was taken.
+        remark: What ours is of, where the study's figure does not say it.
     """
 
     value: float | None = None
     runs: Sequence[Observation] = ()
     several: Sequence[str] = ()
     cells: int = 0
+    remark: str = ""
 
 
-def study(observations: Sequence[Observation], pairs: Sequence[Pair], experiment: ExperimentConfig) -> list[Section]:
+def study(
+    observations: Sequence[Observation],
+    pairs: Sequence[Pair],
+    experiment: ExperimentConfig,
+    prices: Mapping[str, float],
+) -> list[Section]:
     """Each figure that the study states, ours of the same cell where there is one, and the ratio.
 
     A figure of one cell that several of ours could be has none of them beside it: which is meant is not for a median
@@ -64,7 +74,7 @@ def study(observations: Sequence[Observation], pairs: Sequence[Pair], experiment
         return []
     here = {one.record.config["gpu"]["name"] for one in observations}
     theirs = {figure.gpu for figure in experiment.study}
-    found = [_ours(figure, observations, pairs) for figure in experiment.study]
+    found = [_ours(figure, observations, pairs, prices) for figure in experiment.study]
     rows = [_row(figure, ours) for figure, ours in zip(experiment.study, found, strict=True)]
     headings = ["study's GPU", "cell", "figure", "stated in", "study", "our cells", "ours", "ours / study"]
     text = []
@@ -77,6 +87,11 @@ def study(observations: Sequence[Observation], pairs: Sequence[Pair], experiment
         f"{' and of '.join(ours.several)}."
         for figure, ours in zip(experiment.study, found, strict=True)
         if ours.several
+    ]
+    text += [
+        f"Ours beside the {figure.value:g} {figure.metric} of {figure.gpu} is of {ours.remark}."
+        for figure, ours in zip(experiment.study, found, strict=True)
+        if ours.remark
     ]
     return [Section("The study's figures", text, [Table(headings, rows, text_columns=4)])]
 
@@ -103,13 +118,22 @@ def _short(key: str) -> str:
     return key.removesuffix(".name") if key.endswith(".name") else key.rpartition(".")[2]
 
 
-def _ours(figure: StudyFigure, observations: Sequence[Observation], pairs: Sequence[Pair]) -> Ours:
+def _ours(
+    figure: StudyFigure, observations: Sequence[Observation], pairs: Sequence[Pair], prices: Mapping[str, float]
+) -> Ours:
     where = {"gpu.name": figure.gpu, **figure.where}
     if figure.metric in OF_PAIRS:
         blocks = [pair for pair in pairs if matches(pair.config, where)]
         if len(blocks) != 1:
             return Ours(several=[block(pair) for pair in blocks])
         return Ours(OF_PAIRS[figure.metric](blocks[0]), [*blocks[0].baseline.ok, *blocks[0].candidate.ok], cells=1)
+    if figure.metric == DOLLARS:
+        rungs = [rung for ladder in ladders(observations, prices).values() for rung in ladder.values()]
+        rungs = [rung for rung in rungs if matches(rung.cell.config, where)]
+        if len(rungs) != 1:
+            return Ours(several=[lever(rung.cell) for rung in rungs])
+        [rung] = rungs
+        return Ours(rung.dollars, rung.cell.ok, cells=1, remark=f"{lever(rung.cell)} at {rung.price:.2f} $/h")
     found = [one for one in cells(observations) if matches(one.config, where) and one.values(figure.metric)]
     values = [value for one in found if (value := one.median(figure.metric)) is not None]
     if not values:
