@@ -12,6 +12,7 @@ from registry.compose import Composer
 from registry.hardware import Device
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
+from registry.report.attention import attention
 from registry.report.build import build
 from registry.report.document import Section
 from registry.report.observation import Observation, pairs
@@ -227,3 +228,61 @@ def test_a_gpu_has_one_price_the_newest_record_s_or_the_one_that_is_given(make: 
         told = rows(titled(build(named("stack"), order).sections, "Cells"))
         assert sorted(row["$/Mtok"] for row in told) == ["20.00", "40.00"]
     assert prices(found, {"h100": 1.0}) == {"h100": 1.0}
+
+
+# Attention
+
+
+def call(cell: Cell, number: int, us: float, layers_ms: float, **changes: Any) -> Observation:
+    """A kernel alone: three calls with the median `us`, 8.4 MB each."""
+    one = run(cell, number, 1.0, kind="attention", step_times_ms=[], **changes)
+    one.record.call_times_us = [us * 0.9, us, us * 1.1]
+    one.record.metrics = {
+        "median_call_us": us,
+        "event_median_call_us": us / 2,
+        "layers_total_ms": layers_ms,
+        "call_bytes": 8.4e6,
+        "call_gbs": 8.4e6 / us / 1e3,
+        "output_cosine": 0.99999,
+    }
+    one.record.measured = {
+        "sdp_enabled": {"flash": True, "cudnn": False},
+        "calls_a_launch": 32 if cell.config.execution.name == "cuda_graph" else 1,
+    }
+    return one
+
+
+KERNEL = ("protocol=attention", "execution.cache=dynamic")
+
+
+def test_attention_s_table(make: Make) -> None:
+    """Calls of 40, 42 and 44 us, 28 layers' of 1.12, 1.176 and 1.232 ms; the step's second visit takes 8.4 ms."""
+    kernels = [
+        call(make(*KERNEL), place, us, us * 28 / 1e3, session=place) for place, us in enumerate((40.0, 42.0, 44.0))
+    ]
+    step = run(make(), 3, 16.8)
+    section = titled(attention([*kernels, step]), "Kernels")
+    [row] = rows(section)
+    assert (row["n"], row["us/call"], row["events us/call"], row["all layers ms"]) == (
+        "3/3",
+        "42.00",
+        "21.00",
+        "1.176",
+    )
+    assert (row["share of step"], row["MB/call"], row["GB/s"], row["cosine"]) == ("14.0%", "8.40", "200", "0.99999")
+    assert row["across"] == "4.76%"  # 2 of 42
+    assert section.text[1] == "What scaled_dot_product_attention may choose from: flash on, cudnn off."
+    assert "revisit_median_tpot_ms" in section.text[0]
+
+
+@pytest.mark.parametrize(
+    "other", ["attention=sdpa-math", "quant=nf4", "backend=exllamav2", "execution.cache=static", "context=4096"]
+)
+def test_a_share_is_of_the_plain_step_with_the_same_cache_and_of_no_other(make: Make, other: str) -> None:
+    kernel = call(make(*KERNEL, "attention=sdpa-flash"), 0, 40.0, 1.12)
+    assert [row["share of step"] for row in rows(attention([kernel, run(make(other), 1, 16.8)])[0])] == [""]
+
+
+def test_of_two_plain_steps_there_is_no_share(make: Make) -> None:
+    steps = [run(make(f"protocol.seed={seed}"), seed, 16.8) for seed in (1, 2)]
+    assert [row["share of step"] for row in rows(attention([call(make(*KERNEL), 0, 40.0, 1.12), *steps])[0])] == [""]

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from registry.schema import ExperimentConfig
 
 TPOT = "median_tpot_ms"
+AGAIN = "revisit_median_tpot_ms"
+"""Medians of a step's time: of the first visit of its positions, and of the second."""
+PLAIN = {"quant": "none", "attention": "sdpa", "backend": "hf"}
+"""The choice on each axis that others are set against."""
 
 
 @dataclass(frozen=True)

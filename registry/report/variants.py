@@ -8,7 +8,7 @@ from registry.kernels import short
 from registry.report.cost import dollars
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, number, percent, varying
-from registry.report.observation import TPOT, cells
+from registry.report.observation import AGAIN, PLAIN, TPOT, cells
 from registry.report.pieces import bars, not_measured
 
 if TYPE_CHECKING:
@@ -16,15 +16,12 @@ if TYPE_CHECKING:
 
     from registry.report.observation import Measured, Observation
 
-AGAIN = "revisit_median_tpot_ms"
 FIGURES = (
     ("r_floor", "r_floor", 3),
     ("mbu", "mbu", 3),
     ("decode peak GB", "decode_peak_memory_gb", 2),
     ("peak GB", "peak_memory_gb", 2),
 )
-PLAIN = {"quant": "none", "execution": "eager", "attention": "sdpa", "backend": "hf"}
-"""The choice on each axis against which a speedup is told."""
 TOLD = 4
 """Kernels that a row names."""
 
@@ -49,7 +46,7 @@ def variants(observations: Sequence[Observation], prices: Mapping[str, float]) -
     text = (
         "TPOT is the median over the sessions of each one's median step time, range their least and greatest; the "
         "speedup is that of the median over the plain cell of the same model, context, batch and execution "
-        f"({', '.join(f'{axis}={name}' for axis, name in PLAIN.items() if axis != 'execution')}). again walks the "
+        f"({', '.join(f'{axis}={name}' for axis, name in PLAIN.items())}). again walks the "
         "same positions a second time: what it is faster by was paid once a cache length.",
     )
     return [
@@ -80,7 +77,7 @@ def _is_plain(other: Measured, one: Measured) -> bool:
     if any(theirs["protocol"][key] != mine["protocol"][key] for key in ("context", "batch_size")):
         return False
     same = theirs["execution"]["name"] == mine["execution"]["name"]
-    return same and all(theirs[axis]["name"] == name for axis, name in PLAIN.items() if axis != "execution")
+    return same and all(theirs[axis]["name"] == name for axis, name in PLAIN.items())
 
 
 def _speedup(plain: Measured | None, one: Measured, metric: str) -> str:
