@@ -37,7 +37,7 @@ def attention(observations: Sequence[Observation]) -> list[Section]:
         "A call attends with one token to the context and itself; the calls rotate over 32 caches. us/call is the "
         "median over the sessions of each one's median: eagerly wall clock with a synchronise around each call, so "
         "dispatch and kernel; in a graph a replay of 32 calls, divided by them, so the kernel. events lets the host "
-        "run ahead. The share is that of all layers' calls in the second visit's median step, revisit_median_tpot_ms, "
+        "run ahead. The share is that of all layers' calls in the second visit's median step, revisit_median_tpot_ms "
         "of the one cell with the same model, launch and cache, attention=sdpa, quant=none and backend=hf; where "
         "there is no such cell, or are several, there is no share. A kernel in a graph has none: that launch's step "
         "has a static cache. GB/s are the bytes of keys, values, query and output over us/call.",
