@@ -168,7 +168,7 @@ def _experiment(config: Config) -> Iterator[str]:
     for figure in e.study:
         if not figure.value:
             yield f"{told}: the study's {figure.metric} is {figure.value}, and a ratio to it is told"
-        if figure.over not in OVER:
+        if figure.over and figure.over not in OVER:
             yield f"{told}: over={figure.over}: {nearest(figure.over, OVER)}"
     if e.study_files is not None and e.study_files not in STUDY_FILES:
         yield f"{told}: study_files={e.study_files}: {nearest(e.study_files, STUDY_FILES)}"

@@ -15,6 +15,7 @@ from registry.report.matrix import matrix
 from registry.report.observation import pairs
 from registry.report.page import html
 from registry.report.paired import paired
+from registry.report.prices import prices as priced
 from registry.report.profiles import profiles
 from registry.report.steps import steps
 from registry.report.study import study
@@ -38,9 +39,9 @@ SECTIONS: dict[str, Maker] = {
     "cost": lambda runs, _, __, prices: cost(runs, prices),
     "matrix": lambda runs, *_: matrix(runs),
     "pairs": lambda _, found, experiment, __: paired(found, experiment),
-    "variants": lambda runs, *_: variants(runs),
+    "variants": lambda runs, _, __, prices: variants(runs, prices),
     "profiles": lambda runs, *_: profiles(runs),
-    "study": lambda runs, found, experiment, _: study(runs, found, experiment),
+    "study": study,
     "steps": lambda runs, *_: steps(runs),
 }
 """What an experiment's `report` may name."""
@@ -66,10 +67,10 @@ def build(
     if claimed := [one for one in registrations if one.experiment.claims]:
         # What was registered last is what is paired and drawn; each sweep is judged by its own registration.
         experiment = _as_registered(experiment, max(claimed, key=lambda one: one.registered_at).experiment)
-    found = pairs(observations, experiment)
+    found, hourly = pairs(observations, experiment), priced(observations, prices or {})
     report = Report(experiment.name, experiment.question, facts(observations))
     for name in experiment.report:
-        report.sections += SECTIONS[name](observations, found, experiment, prices or {})
+        report.sections += SECTIONS[name](observations, found, experiment, hourly)
     report.verdicts = verdicts(observations, registrations, today)
     return report
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from registry import stats
 from registry.experiments import applies, matches
 from registry.report.document import Row, Section, Table
@@ -94,7 +92,7 @@ def _summary(pair: Pair) -> Row:
 
 
 def _arm(arm: Measured) -> list[str]:
-    return [number(float(np.mean(arm.values(TPOT))), 3), percent(arm.spread.within), percent(arm.spread.across)]
+    return [number(arm.mean(TPOT), 3), percent(arm.spread.within), percent(arm.spread.across)]
 
 
 def _interval(interval: stats.Interval | None) -> str:
