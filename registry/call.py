@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from registry.tracking import TrackingDown
@@ -24,6 +24,7 @@ class Call:
         sweep_id: Ties them together.
         tracker: MLflow; `None` when it is down.
         stage: Told what a worker begins.
+        registrations: Hash of what was registered of each experiment, by its name.
         tracking_error: Why MLflow is no longer asked, empty while it is.
         interrupted: The user wants the rest of the sweep not to start.
         listening: A worker is being waited for, which an interrupt ends at once.
@@ -32,6 +33,7 @@ class Call:
     sweep_id: str
     tracker: Tracker | None
     stage: Callable[[str], None]
+    registrations: dict[str, str] = field(default_factory=dict)
     tracking_error: str = ""
     interrupted: bool = False
     listening: bool = False

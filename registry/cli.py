@@ -117,6 +117,16 @@ def _report(name: str, overrides: list[str]) -> int:
     composer = Composer(Catalog())
     given = {key: value for key, _, value in (text.partition("=") for text in overrides)}
     own = {key for key in given if key in ("out", "sweep") or key.startswith(PRICE)}
+    for text in overrides:
+        key, given_one, value = text.partition("=")
+        if key not in own and not key.startswith("tracking"):
+            raise BadInput(
+                f"{text}: a report takes out=, sweep=, price.GPU= and tracking.KEY=, and tells of every cell"
+            )
+        if key in own and not (given_one and value):
+            raise BadInput(f"{text}: {key}=VALUE")
+    if len(own) < len([text for text in overrides if text.partition("=")[0] in own]):
+        raise BadInput(f"given twice: {' '.join(overrides)}")
     known = _experiments(composer)
     if name not in known:
         raise BadInput(f"no experiment is called {name!r}: {nearest(name, known)}")

@@ -25,6 +25,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from registry.environments import ROOT
 from registry.outcome import BadInput, nearest
@@ -124,13 +125,18 @@ class Composer:
     def _products(self, experiment: str, multirun: bool) -> list[dict[str, list[str]]]:
         """The axes of each product of an experiment's cells."""
         config = to_config(self._groups((experiment,))).experiment
+        if experiment != f"{EXPERIMENT}={config.name}":
+            raise BadInput(f"{experiment} calls itself {config.name!r}: its runs and reports are found by one name")
         if not multirun:
             raise BadInput(f"{experiment} is a sweep, add -m: python runner.py -m {experiment} ...")
         if not config.cells:
             raise BadInput(f"{experiment} measures nothing, it tells of recorded runs: rfloor report {config.name}")
         products = []
         for cells in config.cells:
-            parsed = [self._parser.parse_overrides([_text(str(key), value)])[0] for key, value in cells.items()]
+            try:
+                parsed = [self._parser.parse_overrides([_text(str(key), value)])[0] for key, value in cells.items()]
+            except HydraException as error:
+                raise BadInput(f"cannot read the cells of {experiment}: {explain(error)}") from error
             for override in parsed:
                 self._check(override, multirun=True)
             products.append({EXPERIMENT: [experiment]} | {o.get_key_element(): _texts(o) for o in parsed})
@@ -199,9 +205,12 @@ class Composer:
 
     def _groups(self, choices: tuple[str, ...]) -> DictConfig:
         if choices not in self._composed:
-            config = self._loader.load_configuration(
-                config_name=CONFIG_NAME, overrides=list(choices), run_mode=RunMode.RUN
-            )
+            try:
+                config = self._loader.load_configuration(
+                    config_name=CONFIG_NAME, overrides=list(choices), run_mode=RunMode.RUN
+                )
+            except (HydraException, OmegaConfBaseException, YAMLError) as error:
+                raise BadInput(explain(error)) from error
             config._set_flag("struct", False)
             del config["hydra"]  # not part of a cell, and most of the cost of a copy
             config._set_flag("struct", True)
@@ -258,7 +267,10 @@ def explain(error: BaseException) -> str:
     """One line that says which key is wrong and why, out of Hydra's chain of exceptions."""
     while error.__cause__ is not None:
         error = error.__cause__
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, YAMLError):
+        return " ".join(str(error).split())
+    lines = str(error).splitlines() or [type(error).__name__]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # what was being composed, and what failed
     key = getattr(error, "full_key", None)
     parent = getattr(error, "parent_node", None)
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and isinstance(parent, DictConfig):

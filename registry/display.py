@@ -211,7 +211,7 @@ def tell_report(report: Report, files: Sequence[Path]) -> None:
         for row in table.rows:
             shown.add_row(*(escape(cell) for cell in row.cells))
         out.print(shown)
-    for verdict in report.verdicts:
+    for verdict in report.verdict_lines:
         out.print(verdict, highlight=False, markup=False)
     told = " and ".join(str(file) for file in files)
     out.print(f"The report of {report.title}: {told}", highlight=False, markup=False, soft_wrap=True)

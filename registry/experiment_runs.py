@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from registry import record as records
 from registry import registration as registrations
 from registry.report.build import build, write
 from registry.report.observation import Observation
@@ -48,12 +47,7 @@ def open_runs(found: Sequence[Registration], folder: Path, call: Call) -> list[O
 
 
 def _open(registration: Registration, folder: Path, call: Call) -> Opened:
-    """Of a sweep that goes on, what was fixed when it began stays."""
-    file = registrations.path(folder, registration.sweep_id, registration.experiment.name)
-    if file.exists():
-        registration = registrations.from_json(records.read_json(file))
-    else:
-        file = registrations.write(registration, folder)
+    file = registrations.write(registration, folder)
     return Opened(registration, file, call.tracked(lambda mlflow: _run(mlflow, registration, file)))
 
 
@@ -87,5 +81,5 @@ def _close(
     files = write(report, one.file.with_suffix(""))
     run_id = one.run_id
     if run_id:
-        call.tracked(lambda mlflow: mlflow.close_experiment(run_id, report.verdicts, files))
+        call.tracked(lambda mlflow: mlflow.close_experiment(run_id, report.verdict_lines, files))
     return report, files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from registry.outcome import BadInput
@@ -59,11 +60,21 @@ def applies(claim: ClaimConfig, peak_bandwidth_gbs: float | None) -> bool:
 
 
 def matches(config: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
-    """Whether a configuration in its plain form has the values of dotted keys."""
-    return all(_value(config, key) == wanted for key, wanted in where.items())
+    """Whether a configuration in its plain form has the values of dotted keys; of a list one of its values."""
+    return all(value_of(config, key) in _choices(wanted) for key, wanted in where.items())
 
 
-def _value(config: Mapping[str, Any], key: str) -> Any:
+def places(where: Mapping[str, Any]) -> int:
+    """How many cells the values of dotted keys describe: as many as their lists have combinations."""
+    return math.prod(len(_choices(wanted)) for wanted in where.values())
+
+
+def _choices(wanted: Any) -> Sequence[Any]:
+    return wanted if isinstance(wanted, list) else [wanted]
+
+
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """What a configuration in its plain form has under a dotted key; `None` for nothing."""
     node: Any = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.schema import UNTIMED, what_is_measured
+from registry.schema import what_decides, what_is_measured
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
 
     Args:
         config: The resolved cell. Where its runs and records go, what it is asked for, how often and how long it may
-            take, and what is looked at once all is timed, is left out.
+            take, what is looked at once all is timed, what its GPU costs and where its numbers were read is left out.
         device: The device that measures; its name and driver count, not which of several equal ones it is.
         modules: The plugins' modules.
         versions: Installed packages.
@@ -35,11 +35,8 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
     Returns:
         Sixteen hexadecimal digits.
     """
-    resolved = what_is_measured(config)
-    for key in UNTIMED:
-        del resolved["protocol"][key]
     identity = {
-        "config": resolved,
+        "config": what_decides(what_is_measured(config)),
         "sources": {name: source_digest(name) for name in sorted({WORKER, *modules})},
         "device": [device.kind, device.name, device.driver],
         "versions": dict(versions),

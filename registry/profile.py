@@ -197,7 +197,8 @@ def summary(found: Sequence[Step], layers: int, device: str, unprofiled_ms: floa
 
         * `steps` profiled, `wall_us` of one, `inflation` (`wall_us` over the unprofiled median);
         * on CUDA `kernels_per_step`, `kernels_per_block` (see that function), `kernel_us` (their times added up),
-          and of copies and fills `memcpys`, `memcpy_us`, `memcpy_bytes`, `memsets`, `memset_us`, `memset_bytes`;
+          and of copies and fills `memcpys`, `memcpy_us`, `memcpy_bytes`, `memsets`, `memset_us`, `memset_bytes`,
+          which are 0 in a step that has none while another has;
         * `busy_us` (at least one of all these was running), `span_us` (from the first one's start to the last one's
           end), `gap_us` (the span without the busy time), `head_us` (from the step's start on the host to the first
           one's start), `tail_us` (from the last one's end to the step's end), which with busy and gap make the wall;
@@ -219,15 +220,24 @@ def summary(found: Sequence[Step], layers: int, device: str, unprofiled_ms: floa
         told["operators"] = _table([self_us(step.host) for step in found])
         return told
     seen = [step for step in found if step.timed]
-    told |= _medians([_quantities(step, layers) for step in seen])
+    moved = [kind for kind in (MEMCPY, MEMSET) if any(_of(step.device, kind) for step in seen)]
+    told |= _medians([_quantities(step, layers, moved) for step in seen])
     if seen:
         told["kernels"] = _table([[(bare(i.name), i.us) for i in _of(step.device, KERNEL)] for step in seen])
         told["calls"] = _table([[(i.name, i.us) for i in _of(step.host, CALL)] for step in seen])
     return told
 
 
-def _quantities(step: Step, layers: int) -> dict[str, float]:
-    """One step's quantities on CUDA, as `summary` names them; whole numbers are counts."""
+def _quantities(step: Step, layers: int, moved: Sequence[str]) -> dict[str, float]:
+    """One step's quantities on CUDA, as `summary` names them; whole numbers are counts.
+
+    A step without a copy or a fill has none of those that other steps have, which is 0 and not unknown.
+
+    Args:
+        step: The step.
+        layers: Decoder blocks of the model.
+        moved: Of memcpy and memset, what any of the profiled steps has.
+    """
     kernels, calls = _of(step.device, KERNEL), _of(step.host, CALL)
     begin, end = min(i.start_us for i in step.device), max(i.end_us for i in step.device)
     busy = union_us(step.device)
@@ -243,13 +253,13 @@ def _quantities(step: Step, layers: int) -> dict[str, float]:
     per_block = kernels_per_block([i.name for i in kernels], layers)
     if per_block is not None:
         told["kernels_per_block"] = per_block
-    for kind in (MEMCPY, MEMSET):
-        if moved := _of(step.device, kind):
-            told |= {
-                f"{kind}s": len(moved),
-                f"{kind}_us": sum(i.us for i in moved),
-                f"{kind}_bytes": sum(i.nbytes for i in moved),
-            }
+    for kind in moved:
+        own = _of(step.device, kind)
+        told |= {
+            f"{kind}s": len(own),
+            f"{kind}_us": sum((i.us for i in own), 0.0),
+            f"{kind}_bytes": sum(i.nbytes for i in own),
+        }
     if not calls:
         return told
     launched = {i.correlation for i in step.device if i.correlation}
@@ -322,7 +332,7 @@ def rows(profile: Mapping[str, Any]) -> list[Row]:
     told += [
         (kind.capitalize(), profile[f"{kind}s"], profile[f"{kind}_us"])
         for kind in (MEMCPY, MEMSET)
-        if f"{kind}s" in profile
+        if profile.get(f"{kind}s")
     ]
     told.sort(key=lambda row: -row[2])
     return [Row(name, count, us, us / whole if whole else 0.0) for name, count, us in told]

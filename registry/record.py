@@ -68,6 +68,7 @@ class Record:
         experiment: Name of the experiment that it was measured for; empty for none.
         session: Of how many times the sweep measured the cell this is which, from 0.
         attempt: Of how often the sweep tried the session this is which, from 1: a resumed sweep tries again.
+        registration: SHA-256 of what was registered of that experiment before its first cell ran; empty for none.
         outcome: How it ended.
         label: The cell in one line.
         reason: Why it ended so, empty for ok.
@@ -100,6 +101,7 @@ class Record:
     experiment: str = ""
     session: int = 0
     attempt: int = 1
+    registration: str = ""
     reason: str = ""
     remedy: str = ""
     warnings: list[str] = field(default_factory=list)
@@ -143,6 +145,7 @@ LATER: dict[str, Types] = {
     "experiment": str,
     "session": int,
     "attempt": int,
+    "registration": str,
     "call_times_us": list,
     "event_call_times_us": (list, type(None)),
 }

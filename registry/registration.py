@@ -1,7 +1,9 @@
 """What was fixed before an experiment's first cell ran: a file beside the records, and a run of its own in MLflow.
 
 It holds the question, the thresholds, the cells and their order, with a time and a hash. The verdict follows from it
-and from the records alone.
+and from the records alone. Each record has the hash of the registration under which it was measured, so that another
+threshold cannot be put beneath them afterwards without changing every record too. Against who writes both anew no
+hash helps: there the run's creation time, which an MLflow server keeps, is the witness.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from registry.schema import ExperimentConfig, from_plain
 from registry.stats import CONFIDENCE, RESAMPLES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from registry.plan import Cell
@@ -30,6 +32,8 @@ SCHEMA_VERSION = 1
 FOLDER = "experiments"
 FIXED = ("arms", "baseline", "candidate", "claims")
 """What of an experiment decides its verdict."""
+HASH_TAG = "registration.sha256"
+"""The tag by which a run in MLflow, of the experiment or of one of its cells, tells under what it was measured."""
 INTERVAL = f"Student's t, {CONFIDENCE:.0%}, of the mean over sessions of baseline / candidate median step time"
 
 
@@ -43,7 +47,7 @@ class Registration:
         experiment: Its configuration: question, arms, thresholds, the study's figures.
         gpus: Spec bandwidth of each GPU profile among the cells, GB/s; `None` without a spec sheet.
         sessions: How often each cell is measured.
-        seed: Of the cells' order.
+        seed: Of the cells' order (`registry.sessions`).
         cells: Session, identity and label of each cell, in the order in which they are to run.
         registered_at: UTC, ISO 8601.
         interval: What the verdict rests on.
@@ -65,9 +69,7 @@ class Registration:
 
     def digest(self) -> str:
         """The hash of everything but the hash."""
-        content = dataclasses.asdict(self)
-        del content["sha256"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return _digest(dataclasses.asdict(self))
 
     def plain(self) -> dict[str, Any]:
         """The registration as its file holds it."""
@@ -83,19 +85,20 @@ class Registration:
             "experiment": self.experiment.name,
             "sweep_id": self.sweep_id,
             "gpu_name": ", ".join(self.gpus),
-            "registration.sha256": self.sha256,
+            HASH_TAG: self.sha256,
             "registration.time": self.registered_at,
             "registration.claims": "; ".join(claims) or "none for this GPU",
             "mlflow.note.content": self.experiment.question,
         }
 
 
-def register(sweep_id: str, ordered: Sequence[tuple[int, Cell]]) -> list[Registration]:
+def register(sweep_id: str, ordered: Sequence[tuple[int, Cell]], seed: int) -> list[Registration]:
     """One registration for each experiment among a call's cells.
 
     Args:
         sweep_id: Of the call.
         ordered: Session and cell, in the order in which they are to run.
+        seed: Of that order.
     """
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     names = dict.fromkeys(cell.config.experiment.name for _, cell in ordered if cell.config.experiment.cells)
@@ -109,7 +112,7 @@ def register(sweep_id: str, ordered: Sequence[tuple[int, Cell]]) -> list[Registr
             experiment=config.experiment,
             gpus={cell.config.gpu.name: cell.config.gpu.peak_bandwidth_gbs for _, cell in own},
             sessions=config.protocol.sessions,
-            seed=config.protocol.seed,
+            seed=seed,
             cells=[{"session": session, "cell_id": cell.cell_id, "label": cell.label} for session, cell in own],
             registered_at=now,
         )
@@ -128,6 +131,12 @@ def write(registration: Registration, folder: Path) -> Path:
     file = path(folder, registration.sweep_id, registration.experiment.name)
     write_json(file, registration.plain())
     return file
+
+
+def first(registration: Registration, folder: Path) -> Registration:
+    """What was fixed when the sweep first began, which stays; the registration itself if it begins now."""
+    file = path(folder, registration.sweep_id, registration.experiment.name)
+    return from_json(read_json(file)) if file.exists() else registration
 
 
 def check_claims(sweep_id: str, experiment: ExperimentConfig, folder: Path) -> None:
@@ -163,9 +172,14 @@ def from_json(content: dict[str, Any]) -> Registration:
     plain.pop("kind", None)
     try:
         found = from_plain(Registration, plain)
-        digest = found.digest()
+        digest = _digest(plain)  # of what was written: a later version's registration may have more to say
     except (TypeError, ValueError, AttributeError) as error:
         raise BadRecord(f"no registration: {error}") from error
     if digest != found.sha256:
         raise BadRecord("a registration whose hash is not that of its content: it was changed after it was made")
     return found
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    hashed = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

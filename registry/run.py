@@ -76,6 +76,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
         experiment=cell.experiment,
         session=session,
         attempt=records.next_attempt(folder, cell.cell_id, call.sweep_id, index),
+        registration=call.registrations.get(cell.experiment, ""),
     )
     file = records.path(folder, cell.cell_id, call.sweep_id, index, record.attempt)
     known = {"cell_id": cell.cell_id, "sweep_id": call.sweep_id, "gpu_name": cell.device.name}

@@ -10,7 +10,10 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 COMPILE_MODES = {"default": False, "reduce-overhead": True, "max-autotune": True, "max-autotune-no-cudagraphs": False}
 """torch.compile's modes -> whether one records CUDA graphs."""
@@ -151,15 +154,17 @@ class ClaimConfig:
 class StudyFigure:
     """A figure of the study, for the cells of `gpu` whose configuration has the values of `where` (dotted keys).
 
-    `metric` is one of a run's metrics or of a comparison's (`speedup`, `difference_ms`); `over` says what was taken
-    over several cells (`min`, `median`, `max`).
+    `metric` is one of a run's metrics or of a comparison's (`speedup`, `difference_ms`, and `baseline_ms` and
+    `candidate_ms`, which are means over the sessions where a run's metrics stand for their median), or
+    `usd_per_mtok`, that of the cheapest cell. `over` says what was taken over several cells (`min`, `median`, `max`),
+    and is empty for a figure of one cell.
     """
 
     metric: str = MISSING
     value: float = MISSING
     gpu: str = MISSING
     where: dict[str, Any] = field(default_factory=dict)
-    over: str = "median"
+    over: str = ""
     source: str = MISSING
 
 
@@ -213,6 +218,7 @@ class Config:
     sweep_id: str | None = None
     session: int = 0
     place: int = 0
+    registration: str | None = None
 
 
 GROUPS = ("model", "gpu", "backend", "quant", "attention", "execution", "protocol", "experiment", "tracking")
@@ -228,6 +234,7 @@ WHERE_TO = (
     "sweep_id",
     "session",
     "place",
+    "registration",
     "experiment",
 )
 """Keys of a `Config` that say where a cell's runs go and who asks for it: not what is measured."""
@@ -235,6 +242,9 @@ WHERE_TO = (
 UNTIMED = ("timeout_s", "profiled_steps")
 """Keys of the protocol that no step time depends on. A profile comes after the last timed step, where the kernels'
 names are looked up in every run anyway: what is measured, and every figure of it, is the same with and without."""
+
+NO_FIGURES = (("gpu", "price_usd_per_hour"), ("gpu", "sources"), ("model", "source"))
+"""Group and key of what is said of a cell and enters no step: its price, and where numbers were read."""
 
 T = TypeVar("T")
 
@@ -246,6 +256,14 @@ def what_is_measured(config: Config) -> dict[str, Any]:
         del plain[key]
     del plain["protocol"]["sessions"]
     return plain
+
+
+def what_decides(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a cell's configuration in its plain form what its step times depend on."""
+    found = {group: dict(part) for group, part in plain.items()}
+    for group, key in (*(("protocol", key) for key in UNTIMED), *NO_FIGURES):
+        found.get(group, {}).pop(key, None)
+    return found
 
 
 def from_plain(cls: type[T], data: Any) -> T:

@@ -54,6 +54,8 @@ def unsteady(times_ms: Sequence[float]) -> list[str]:
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+ROUNDING = 1e-9
+"""Standard error over mean below which values are equal but for the arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Comparison:
         mean: Of the ratios.
         bootstrap: Percentile interval of the mean ratio over `RESAMPLES` resamples, the study's; at ten sessions it
             covers about 90 %.
-        student: Student's t interval of the mean ratio, which verdicts rest on; `None` for one session.
+        student: Student's t interval of the mean ratio, which verdicts rest on; `None` for one session, and for
+            sessions that do not differ.
         cv: The ratios' coefficient of variation across sessions; `None` for one session.
     """
 
@@ -125,15 +128,18 @@ def spread(sessions: Sequence[Sequence[float]]) -> Spread:
 
 
 def student(values: Sequence[float]) -> Interval | None:
-    """Student's t interval of the mean; `None` for one value."""
+    """Student's t interval of the mean; `None` for one value, and for values that do not differ.
+
+    Step times are measured in nanoseconds: ratios that agree to rounding are no sample of anything.
+    """
     if len(values) < 2:
         return None
     from scipy.stats import sem, t
 
     found = np.asarray(values, dtype=float)
     mean, error = float(found.mean()), float(sem(found))
-    if error == 0:  # SciPy answers with NaN
-        return Interval(mean, mean)
+    if not error > abs(mean) * ROUNDING:
+        return None
     low, high = t.interval(CONFIDENCE, found.size - 1, loc=mean, scale=error)
     return Interval(float(low), float(high))
 
@@ -184,7 +190,7 @@ def judge(interval: Interval | None, killed_if: str, threshold: float) -> Verdic
     Returns:
         `killed` or `survives` where the whole interval lies on one side, else `inconclusive`.
     """
-    if interval is None or interval.low <= threshold <= interval.high:
+    if interval is None or not (interval.high < threshold or interval.low > threshold):
         return Verdict.INCONCLUSIVE
     below = interval.high < threshold
     return Verdict.KILLED if below == (killed_if == "below") else Verdict.SURVIVES

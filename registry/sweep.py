@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import shlex
 import signal
 import sys
 import traceback
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 ABOUT = ("help", "hydra_help", "shell_completion", "cfg", "info")
 """Flags with which Hydra tells about itself and runs nothing."""
+EXPERIMENT = "rfloor"
+"""MLflow's experiment where the call names no other (conf/tracking)."""
 REFUSED_FLAGS = ("config_path", "config_name", "config_dir", "experimental_rerun", "package", "resolve")
 
 
@@ -82,6 +85,7 @@ class Sweep:
         cells: As they were typed.
         jobs: In the order in which they run.
         sweep_id: Ties the runs together.
+        seed: Of the jobs' order, drawn for this sweep: the next one has another order.
         measured: What a sweep that is taken up again has measured before, by the place of its job.
         problems: Files that lie where its records should and are none.
         held: Its manifest, for as long as this process lives.
@@ -89,7 +93,8 @@ class Sweep:
 
     cells: list[Cell]
     jobs: list[Job]
-    sweep_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")
+    sweep_id: str
+    seed: int
     measured: dict[int, Record] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     held: list[IO[bytes]] = field(default_factory=list)
@@ -249,10 +254,10 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
     if problems:
         many = len(jobs) > 1
         raise BadInput("\n        ".join(f"{p} (in: {where})" if many else p for p, where in problems.items()))
-    protocol = cells[0].config.protocol
-    ordered = order(blocks(jobs, cells), protocol.sessions, protocol.seed)
+    seed = secrets.randbits(32)
+    ordered = order(blocks(jobs, cells), cells[0].config.protocol.sessions, seed)
     found = [Job(jobs[cell], cells[cell], session, place) for place, (session, cell) in enumerate(ordered)]
-    sweep = Sweep(cells, found)
+    sweep = Sweep(cells, found, f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", seed)
     return _taken_up(sweep) if cells[0].config.resume else sweep
 
 
@@ -268,9 +273,12 @@ def _taken_up(sweep: Sweep) -> Sweep:
     if not before.sweep_id:
         return dataclasses.replace(sweep, problems=before.problems)
     jobs = [dataclasses.replace(job, index=index) for job, index in zip(sweep.jobs, before.places, strict=True)]
+    in_order = sorted(range(len(jobs)), key=before.places.__getitem__)  # in which they were to run from the beginning
+    measured = {now: before.found[then] for now, then in enumerate(in_order) if then in before.found}
     for experiment in {cell.experiment: cell.config.experiment for cell in sweep.cells if cell.experiment}.values():
         registrations.check_claims(before.sweep_id, experiment, folder)
-    return Sweep(sweep.cells, jobs, before.sweep_id, before.found, before.problems)
+    jobs = [jobs[then] for then in in_order]
+    return Sweep(sweep.cells, jobs, before.sweep_id, sweep.seed, measured, before.problems)
 
 
 @cache
@@ -326,21 +334,30 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         task_function=job,
         config=composed,
     )
+    config = sweep.cells[0].config
+    folder = Path(config.records)
+    registered = register(sweep.sweep_id, [(job.session, job.cell) for job in sweep.jobs], sweep.seed)
+    registered = [registrations.first(one, folder) for one in registered]
+    hashes = {one.experiment.name: one.sha256 for one in registered}
     jobs = [
-        [*job.overrides, f"sweep_id={sweep.sweep_id}", f"session={job.session}", f"place={job.index}"]
+        [
+            *job.overrides,
+            f"sweep_id={sweep.sweep_id}",
+            f"session={job.session}",
+            f"place={job.index}",
+            f"registration={hashes.get(job.cell.experiment, 'null')}",
+        ]
         for job in sweep.left
     ]
-    config = sweep.cells[0].config
     if sweep.measured:
         console().print(sweep.resumed, highlight=False, markup=False)
     with Reporter(len(jobs)) as reporter:
-        call = Call(sweep.sweep_id, None, reporter.stage)
+        call = Call(sweep.sweep_id, None, reporter.stage, hashes)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, call.interrupt)
         reporter.stage(f"opening {config.tracking.uri.partition('://')[0]} tracking")
         _track(call, config.tracking)
         call.tracked(lambda mlflow: mlflow.close_left())
-        registered = register(sweep.sweep_id, [(job.session, job.cell) for job in sweep.jobs])
         opened = open_runs(registered, Path(config.records), call)
         _running = Running(call, reporter)
         ended = [one.return_value for one in launcher.launch(jobs, initial_job_idx=0)] if jobs else []
@@ -374,7 +391,7 @@ def job(config: DictConfig) -> dict[str, Any]:
         _running.reporter.begin(cell.label)
     else:
         cell, session, index = _planner().plan(to_config(config)), int(config.session), int(config.place)
-        call = Call(config.sweep_id, None, lambda _: None)
+        call = Call(config.sweep_id, None, lambda _: None, {cell.experiment: config.registration or ""})
         _track(call, cell.config.tracking)
     record = run_cell(cell, index, session, call)
     if _running:
@@ -408,7 +425,9 @@ def _tell_where(errors: set[str], config: Config, page: str) -> None:
 
     out = console()
     uri = redact(config.tracking.uri)
-    later = f"rfloor import {config.records} tracking.uri={uri}"
+    experiment = config.tracking.experiment
+    named = "" if experiment == EXPERIMENT else f" tracking.experiment={shlex.quote(experiment)}"
+    later = f"rfloor import {shlex.quote(config.records)} tracking.uri={uri}{named}"
     for error in errors:
         out.print(f"MLflow did not take every run ({error}). Once it does: {later}", highlight=False, markup=False)
     if uri.startswith(SERVERS):

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from registry import record as records
 from registry.archive import everything_in
 from registry.kernels import short
-from registry.outcome import Outcome, Refusal
+from registry.outcome import BadInput, Outcome, Refusal, nearest
 from registry.process import has_ended, this_process
-from registry.registration import KIND, Registration
+from registry.registration import HASH_TAG, KIND, Registration
 from registry.validate import SERVERS, redact
 
 if TYPE_CHECKING:
@@ -87,12 +87,18 @@ class Tracker:
 
     Args:
         config: Where it is.
+        reading: Only look: nothing is created where there is none.
 
     Raises:
         TrackingDown: MLflow cannot be reached.
+        BadInput: There is nothing to look at.
     """
 
-    def __init__(self, config: TrackingConfig) -> None:
+    def __init__(self, config: TrackingConfig, reading: bool = False) -> None:
+        if reading and (file := _missing_database(config.uri)):
+            raise BadInput(
+                f"tracking.uri={redact(config.uri)}: there is no {file}; nothing was measured or imported there"
+            )
         for name, value in QUIET_CLIENT.items():
             os.environ.setdefault(name, value)
         import logging
@@ -107,9 +113,15 @@ class Tracker:
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what fails is raised, and told once
         self.uri = config.uri
         self._client = _guard(MlflowClient, config.uri)
-        self._experiment = _guard(self._find_experiment, config)
+        found = _guard(self._find_experiment, config, create=not reading)
+        if found is None:
+            known = [one.name for one in _guard(self._client.search_experiments)]
+            raise BadInput(
+                f"MLflow has no experiment called {config.experiment!r}: {nearest(config.experiment, known)}"
+            )
+        self._experiment: str = found
 
-    def _find_experiment(self, config: TrackingConfig) -> str:
+    def _find_experiment(self, config: TrackingConfig, create: bool) -> str | None:
         from mlflow.exceptions import MlflowException
 
         found = self._client.get_experiment_by_name(config.experiment)
@@ -120,6 +132,8 @@ class Tracker:
             )
         if found is not None:
             return str(found.experiment_id)
+        if not create:
+            return None
         location = None
         if config.artifacts and not config.uri.startswith(SERVERS):
             folder = config.artifacts
@@ -206,8 +220,14 @@ class Tracker:
         _guard(self._log_artifact, run_id, REGISTRATION, file)
         return run_id
 
-    def close_experiment(self, run_id: str, verdicts: Sequence[str], files: Sequence[Path]) -> None:
-        """Log an experiment's verdicts and report, and end its run.
+    def tell_experiment(self, run_id: str, verdicts: Sequence[str], files: Sequence[Path], place: str = "") -> None:
+        """Log an experiment's verdicts and report.
+
+        Args:
+            run_id: The experiment's own run.
+            verdicts: Line by line.
+            files: Of the report.
+            place: Folder among the artifacts.
 
         Raises:
             TrackingDown: See the class.
@@ -215,8 +235,30 @@ class Tracker:
         if verdicts:
             _guard(self._client.set_tag, run_id, "verdict", "\n".join(verdicts)[:TAG_LIMIT])
         for file in files:
-            _guard(self._log_artifact, run_id, file.name, file)
+            _guard(self._log_artifact, run_id, file.name, file, place)
+
+    def close_experiment(self, run_id: str, verdicts: Sequence[str], files: Sequence[Path]) -> None:
+        """Log an experiment's verdicts and report, and end its run.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        self.tell_experiment(run_id, verdicts, files)
         _guard(self._client.set_terminated, run_id, status="FINISHED")
+
+    def complete_experiment(self, run_id: str, file: Path) -> bool:
+        """Log a registration to its run where that is missing, and end the run; whether anything was missing.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        ended = _guard(self._client.get_run, run_id).info.status != "RUNNING"
+        there = {artifact.path for artifact in _guard(self._client.list_artifacts, run_id)}
+        if REGISTRATION not in there:
+            _guard(self._log_artifact, run_id, REGISTRATION, file)
+        if not ended:
+            _guard(self._client.set_terminated, run_id, status="FINISHED")
+        return not ended or REGISTRATION not in there
 
     def close(self, run_id: str, record: Record, files: Mapping[str, Path]) -> None:
         """Log a record's results into its run and end it.
@@ -250,12 +292,12 @@ class Tracker:
         status = STATUS.get(record.outcome, "FAILED")
         _guard(self._client.set_terminated, run_id, status=status, end_time=end)
 
-    def _log_artifact(self, run_id: str, name: str, file: Path) -> None:
+    def _log_artifact(self, run_id: str, name: str, file: Path, place: str = "") -> None:
         """Log a file under another name, byte by byte and however large."""
         with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
             link = Path(folder, name)
             link.symlink_to(file.absolute())
-            self._client.log_artifact(run_id, str(link))
+            self._client.log_artifact(run_id, str(link), place or None)
 
     def close_left(self) -> int:
         """End the runs that killed processes left running, as KILLED, and return how many there were.
@@ -304,13 +346,19 @@ class Tracker:
         with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
             for run in self._runs(f"tags.experiment = '{experiment}'" if experiment else ""):
                 tags = run.data.tags
-                if (tags.get("kind") == KIND) != (name == REGISTRATION) or run.info.status == "RUNNING":
+                registrations = name == REGISTRATION  # which a run has from its beginning, and a record at its end
+                if (tags.get("kind") == KIND) != registrations or (
+                    run.info.status == "RUNNING" and not registrations
+                ):
                     continue
                 if sweeps and tags.get("sweep_id") not in sweeps:
                     continue
                 run_id = run.info.run_id
                 try:
-                    found.append((run_id, read(records.read_json(self._artifact(run_id, name, folder)))))
+                    one = read(records.read_json(self._artifact(run_id, name, folder)))
+                    if isinstance(one, Registration) and one.sha256 != tags.get(HASH_TAG):
+                        raise records.BadRecord("another registration than the one with which the run began")
+                    found.append((run_id, one))
                 except records.BadRecord as error:
                     problems.append(f"run {run_id}, {name}: {error}")
         return found, problems
@@ -355,6 +403,7 @@ def tags(record: Record) -> dict[str, str]:
         "sweep_id": record.sweep_id,
         "experiment": record.experiment,
         "session": record.session or ("0" if record.experiment else ""),
+        HASH_TAG: record.registration,
         "gpu_name": device.get("name", ""),
         "driver": device.get("driver", ""),
         "git_commit": git.get("commit", ""),
@@ -422,27 +471,35 @@ def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], 
     everything, problems = everything_in(folder)
     for file, found in everything:
         run_id, complete = known.get(found.record_id, ("", False))
+        if run_id and isinstance(found, Registration):
+            complete = not tracker.complete_experiment(run_id, file)
         if complete:
             counts["present"] += 1
             continue
         counts["completed" if run_id else "imported"] += 1
-        run_id = _import(tracker, found, run_id, file)
+        if not isinstance(found, Registration):
+            run_id = _import(tracker, found, run_id, file)
+        elif not run_id:
+            run_id = tracker.open_experiment(found, file)
+            tracker.close_experiment(run_id, (), ())
         known[found.record_id] = (run_id, True)
     return counts, problems
 
 
-def _import(tracker: Tracker, found: Record | Registration, run_id: str, file: Path) -> str:
-    """Log what MLflow lacks of a record or a registration; its run's id."""
-    if isinstance(found, Registration):
-        run_id = run_id or tracker.open_experiment(found, file)
-        tracker.close_experiment(run_id, (), ())
-        return run_id
+def _import(tracker: Tracker, found: Record, run_id: str, file: Path) -> str:
+    """Log what MLflow lacks of a record; its run's id."""
     if run_id:
         tracker.log_params(run_id, found.config)
     else:
         run_id = tracker.open(found.record_id, found.label, found.config, tags(found), found.started_at)
     tracker.close(run_id, found, artifacts(file))
     return run_id
+
+
+def _missing_database(uri: str) -> str:
+    """The SQLite file of a tracking URI that is not there, which MLflow would make."""
+    name = uri.partition(":///")[2].partition("?")[0] if uri.startswith("sqlite") else ""
+    return name if name and not Path(name).exists() else ""
 
 
 def _guard(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

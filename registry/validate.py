@@ -31,6 +31,7 @@ STUDY_FILES = ("cells", "pairs", "stack", "quant", "profile")
 """What an experiment's cells may be to the study, which names and fills their files differently (its appendix A)."""
 SECTIONS = ("attention", "batches", "cost", "matrix", "pairs", "profiles", "variants", "study", "steps")
 """What a report may be made of."""
+NAME = re.compile(r"\w[\w.-]*")
 MODEL_TYPES = ("qwen2", "llama", "mistral")
 """The Llama-shaped families whose tensors rfloor knows by name."""
 BIASES = {"qwen2": True, "llama": False, "mistral": False}
@@ -153,6 +154,8 @@ def _protocol(config: Config) -> Iterator[str]:
 def _experiment(config: Config) -> Iterator[str]:
     e = config.experiment
     told = f"experiment={e.name}"
+    if not NAME.fullmatch(e.name):
+        yield f"{told}: a name of letters, digits, dots, hyphens and underscores, which MLflow and files are found by"
     if e.arms is not None and (e.arms not in GROUPS or None in (e.baseline, e.candidate)):
         yield f"{told}: arms is one of {', '.join(GROUPS)}, and has a baseline and a candidate"
     if e.claims and e.arms is None:
@@ -163,7 +166,9 @@ def _experiment(config: Config) -> Iterator[str]:
         if claim.speedup <= 0:
             yield f"{told}: speedup={claim.speedup}: more than 0"
     for figure in e.study:
-        if figure.over not in OVER:
+        if not figure.value:
+            yield f"{told}: the study's {figure.metric} is {figure.value}, and a ratio to it is told"
+        if figure.over and figure.over not in OVER:
             yield f"{told}: over={figure.over}: {nearest(figure.over, OVER)}"
     if e.study_files is not None and e.study_files not in STUDY_FILES:
         yield f"{told}: study_files={e.study_files}: {nearest(e.study_files, STUDY_FILES)}"

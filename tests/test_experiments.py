@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from registry.outcome import BadInput
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
 from registry.report.build import SECTIONS
-from registry.schema import ClaimConfig, GpuConfig
+from registry.schema import ClaimConfig, GpuConfig, StudyFigure, from_plain
 from registry.sessions import order
 from registry.validate import SECTIONS as ALLOWED
 from registry.validate import validate
 
+FIELDS = {one.name for one in dataclasses.fields(registration.Registration)}
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
 
 EXPERIMENTS = [name for name in Composer(Catalog()).options("experiment") if name != "none"]
@@ -132,6 +134,8 @@ def test_an_arm_that_is_left_out_is_refused(composer: Composer, profiles: dict[s
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"name": "a/b"}, "a name of letters"),
+        ({"study": [StudyFigure("r_floor", 0.0, "h100", source="s")]}, "a ratio to it is told"),
         ({"arms": "exekution"}, "arms is one of"),
         ({"arms": "execution"}, "has a baseline and a candidate"),
         ({"report": ["matricks"]}, "did you mean matrix"),
@@ -164,6 +168,27 @@ def test_a_dry_run_lists_the_cells_as_typed_and_how_often_they_are_measured(
     assert plan_notes(cells)[-1] == "Each cell is measured in 10 sessions"
     _, cells = planned(composer, profiles, "experiment=matrix")
     assert not any("sessions" in note for note in plan_notes(cells))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: mine\nqestion: x\ncells: [{model: tiny}]", "Key 'qestion' not in 'ExperimentConfig'"),
+        ("name: mine\ncells: {model: tiny}", "Cannot merge DictConfig with ListConfig"),
+        ("name: mine\ncells: [", "found '<stream end>' in .*mine.yaml"),
+        ('name: mine\ncells: [{model.weights: "a,b=c d"}]', "cannot read the cells of experiment=mine: mismatched"),
+        ("name: other\ncells: [{model: tiny}]", "experiment=mine calls itself 'other'"),
+    ],
+)
+def test_a_mistake_in_an_experiment_s_file_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    monkeypatch.setattr(Catalog, "conf_folders", lambda _: [tmp_path])
+    with pytest.raises(BadInput, match=words) as caught:
+        Composer(Catalog()).jobs(["experiment=mine"], multirun=True)
+    assert "\n" not in str(caught.value)
 
 
 # Blocks and sessions
@@ -206,6 +231,20 @@ def test_which_arm_comes_first_is_a_fair_coin() -> None:
     assert all(abs(count - 200) < 4 * (1200 * 5 / 36) ** 0.5 for count in sequences.values())
 
 
+@pytest.mark.parametrize("sessions", [10, 9])
+def test_each_arm_leads_as_often_as_the_other(sessions: int) -> None:
+    """In every block, and in an order that another sweep does not repeat."""
+    leaders = set()
+    for seed in range(20):
+        found = order([0, 0, 1, 1], sessions, seed)
+        first = tuple(cell for _, cell in found[::2])
+        for arms in ((0, 1), (2, 3)):
+            led = [cell for cell in first if cell in arms]
+            assert abs(led.count(arms[0]) - led.count(arms[1])) == sessions % 2
+        leaders.add(first)
+    assert len(leaders) == 20
+
+
 # Claims
 
 
@@ -232,7 +271,7 @@ def test_a_configuration_matches_by_dotted_keys() -> None:
 def registered(composer: Composer, profiles: dict[str, GpuConfig]) -> registration.Registration:
     found, cells = planned(composer, profiles, "experiment=graphs_ab")
     ordered = [(session, cells[place]) for session, place in order(blocks(found, cells), 10, 0)]
-    [one] = registration.register("20261122-101010-abcd", ordered)
+    [one] = registration.register("20261122-101010-abcd", ordered, 0)
     return one
 
 
@@ -332,6 +371,126 @@ def test_a_report_out_of_mlflow_says_the_same(
     before = measured.folder / "records" / "experiments" / f"{sweep_id}-arms" / "report.md"
     assert (target / "report.md").read_text() == before.read_text()
     assert "no faster" in capsys.readouterr().out
+
+
+def test_a_report_over_several_sweeps_leaves_each_its_own(
+    measured: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside a second sweep whose threshold would kill, in an MLflow of their own."""
+    from sweeps import FAULTS
+
+    from registry import cli
+
+    folder, uri = tmp_path / "records", f"tracking.uri={database(tmp_path)}"
+    shutil.copytree(measured.folder / "records", folder)
+    [sweep_id] = {record["sweep_id"] for record in measured.records()}
+    [file] = (folder / "experiments").glob("*.json")
+    other = json.loads(file.read_text().replace(sweep_id, "20260101-000000-abcd"))
+    other["experiment"]["claims"][0]["speedup"] = 1e-9
+    other["registered_at"] = "2026-01-01T00:00:00.000+00:00"
+    hashed = from_plain(registration.Registration, {k: v for k, v in other.items() if k in FIELDS})
+    other["sha256"] = hashed.digest()
+    file.with_name("20260101-000000-abcd-arms.json").write_text(json.dumps(other))
+    for cell in list(folder.glob(f"{'[0-9a-f]' * 16}/*.json")):
+        content = json.loads(cell.read_text())
+        content |= {"sweep_id": "20260101-000000-abcd", "registration": other["sha256"], "record_id": cell.stem}
+        cell.with_name(f"other-{content['index']}.json").write_text(json.dumps(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FAULTS))
+        assert cli.main(["import", str(folder), uri, f"tracking.artifacts={tmp_path}/a"]) == 0
+        assert cli.main(["report", "arms", f"out={tmp_path / 'one'}", f"sweep={sweep_id}", uri]) == 0
+        assert cli.main(["report", "arms", f"out={tmp_path / 'both'}", uri]) == 0
+    client = MlflowClient(database(tmp_path))
+    runs = client.search_runs([client.get_experiment_by_name("rfloor").experiment_id], "tags.kind = 'experiment'")
+    assert len(runs) == 2
+    for run in runs:
+        own = run.data.tags["sweep_id"] == sweep_id
+        assert f"sweep {run.data.tags['sweep_id']}" in run.data.tags["verdict"]
+        assert run.data.tags["verdict"].count("registered 20") == 1
+        found = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+        assert found == {"registration.json", "pooled"} | ({"report.html", "report.md"} if own else set())
+    assert (tmp_path / "both" / "report.md").read_text().count("**registered ") == 2
+    capsys.readouterr()
+
+
+def test_a_report_of_nothing_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from registry import cli
+
+    uri = f"tracking.uri={database(tmp_path)}"
+    assert cli.main(["report", "matrix", f"out={tmp_path / 'told'}", uri]) == 2
+    assert "nothing was measured or imported there" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "none").mkdir()
+    assert cli.main(["import", str(tmp_path / "none"), uri, f"tracking.artifacts={tmp_path}/a"]) == 0
+    assert cli.main(["report", "matrix", f"out={tmp_path / 'told'}", uri, "tracking.experiment=rflor"]) == 2
+    assert "no experiment called 'rflor': did you mean rfloor?" in capsys.readouterr().err
+    assert cli.main(["report", "cost", f"out={tmp_path / 'told'}", uri]) == 2
+    assert "experiment=cost: measure some, or rfloor import" in capsys.readouterr().err
+    assert not (tmp_path / "told").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["model=tiny"], "a report takes out=, sweep="),
+        (["prices.cpu=1"], "a report takes out=, sweep="),
+        (["sweep="], "sweep=VALUE"),
+        (["out"], "out=VALUE"),
+        (["out=a", "out=b"], "given twice"),
+        (["price.cpuu=1"], "did you mean cpu"),
+        (["price.cpu=-1"], "more than 0"),
+    ],
+)
+def test_what_a_report_does_not_take_is_refused(
+    given: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from registry import cli
+
+    assert cli.main(["report", "matrix", *given]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_sweep_that_is_not_there_is_named(
+    measured: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sweeps import FAULTS
+
+    from registry import cli
+
+    [sweep_id] = {record["sweep_id"] for record in measured.records()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FAULTS))
+        uri = f"tracking.uri={database(measured.home)}"
+        assert cli.main(["report", "arms", f"out={tmp_path / 'told'}", f"sweep={sweep_id},bogus", uri]) == 2
+    assert "is of the sweep bogus" in capsys.readouterr().err
+    assert not (tmp_path / "told").exists()
+
+
+def test_a_registration_that_mlflow_lost_is_told_and_imported_again(
+    measured: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sweeps import FAULTS
+
+    from registry import cli
+
+    uri, records_folder = f"tracking.uri={database(tmp_path)}", str(measured.folder / "records")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FAULTS))
+        assert cli.main(["import", records_folder, uri, f"tracking.artifacts={tmp_path}/a"]) == 0
+        [artifact] = tmp_path.rglob("registration.json")
+        whole = artifact.read_text()
+        content = json.loads(whole)
+        content["experiment"]["claims"][0]["speedup"] = 1e-9
+        fields = {key: value for key, value in content.items() if key in FIELDS}
+        content["sha256"] = from_plain(registration.Registration, fields).digest()
+        artifact.write_text(json.dumps(content))  # and its hash with it
+        assert cli.main(["report", "arms", f"out={tmp_path / 'changed'}", uri]) == 1
+        assert "another registration than the one with which the run began" in capsys.readouterr().err
+        artifact.unlink()
+        assert cli.main(["import", records_folder, uri]) == 0
+        assert "0 imported, 1 completed, 4 present" in capsys.readouterr().out
+        assert artifact.read_text() == whole
+        assert cli.main(["report", "arms", f"out={tmp_path / 'told'}", uri]) == 0
 
 
 def test_an_imported_sweep_gives_the_same_report(measured: Sweep, tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 import gc
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from backends.hf import HfBackend
 from backends.quant.none import NoQuant
 from registry import measure as measuring
 from registry.api import Architecture, Backend, NoOptions, Setup, StepBytes
+from registry.capture import capture
 from registry.compiling import Compilations
 from registry.display import LONG
 from registry.execution import EXECUTIONS, Compiled, Execution
@@ -349,6 +351,43 @@ def capturing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return "cpu"
+
+
+@pytest.mark.parametrize(
+    ("cause", "refused"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing"), True),
+        (torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
+    ],
+)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_capture_that_fails_is_unsupported_and_a_fault_is_itself(
+    monkeypatch: pytest.MonkeyPatch, cause: Exception, refused: bool, hidden: bool
+) -> None:
+    """PyTorch ends a failed capture with an error of its own, in whose context the cause stands."""
+
+    @contextmanager
+    def graph(_: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if hidden:
+                raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+
+    def launch() -> None:
+        raise cause
+
+    fakes = {"Stream": Stream, "current_stream": Stream, "stream": lambda _: nullcontext(), "CUDAGraph": object}
+    for name, fake in (fakes | {"graph": graph}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    if refused:
+        with pytest.raises(Refused, match="the step cannot be captured"):
+            capture("the step", lambda: None, launch)
+    else:
+        with pytest.raises(type(cause), match=re.escape(str(cause))):
+            capture("the step", lambda: None, launch)
 
 
 def prefilled(kind: type[Counter], architecture: Architecture, device: str, execution: str, room: int = 20) -> Any:

@@ -91,6 +91,24 @@ def later(intervals: Sequence[Interval], us: float, correlation: int = 0) -> lis
     ]
 
 
+@pytest.mark.parametrize(
+    ("copied", "count", "us", "nbytes"), [(1, 0, 0, 0), (2, 0, 0, 0), (3, 1, 10, 64), (5, 1, 10, 64)]
+)
+def test_a_copy_that_few_steps_have_is_none_of_the_median_step_s(
+    copied: int, count: int, us: float, nbytes: int
+) -> None:
+    """A step without a copy has none, which is 0: of five steps the median has one where three have."""
+    bare = [i for i in ONE_STEP if i.kind not in ("memcpy", "memset") and i.correlation not in (3, 4)]
+    one = [Interval("Memcpy HtoD (Pageable -> Device)", 1060, 1070, "memcpy", correlation=3, nbytes=64)]
+    one.append(Interval("cudaMemcpyAsync", 1030, 1033, "call", correlation=3))
+    five = [i for n in range(5) for i in later([*bare, *(one if n < copied else [])], 200 * n, 10 * n)]
+    told = profile(five)
+    assert (told["memcpys"], told["memcpy_us"], told["memcpy_bytes"]) == (count, us, nbytes)
+    assert ("Memcpy" in {row.name for row in rows(told)}) == (count > 0)
+    assert ("cudaMemcpyAsync" in told["calls"]) == (count > 0)
+    assert not any("memset" in name for name in told)
+
+
 def kernels(*times: tuple[float, float]) -> list[Interval]:
     return [Interval("k", start, end, "kernel") for start, end in times]
 

@@ -7,6 +7,7 @@ import re
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def run(cell: Cell, number: int, tpot: float = 10.0, **changes: Any) -> Observat
     record = made_up_record(
         cell, record_id=f"record{number}", index=number, started_at=f"2026-07-01T10:{number:02}:00+00:00"
     )
+    record.cell_id = cell.cell_id
     record.config = what_is_measured(cell.config)
     record.metrics = record.metrics | {
         "median_tpot_ms": tpot,
@@ -81,7 +83,16 @@ def sessions(arm: Any) -> list[Observation]:
     return found
 
 
-def fixed(experiment: ExperimentConfig, **changes: Any) -> registration.Registration:
+def under(one: registration.Registration, found: Sequence[Observation], **changes: Any) -> list[Observation]:
+    """The same runs, measured under a registration."""
+    given = {"registration": one.sha256, "sweep_id": one.sweep_id} | changes
+    return [dataclasses.replace(run, record=dataclasses.replace(run.record, **given)) for run in found]
+
+
+def fixed(
+    experiment: ExperimentConfig, found: Sequence[Observation] = (), **changes: Any
+) -> registration.Registration:
+    """A registration of what these runs measured."""
     given: dict[str, Any] = {
         "record_id": "s-graphs_ab",
         "sweep_id": "20260701-101010-abcd",
@@ -89,7 +100,7 @@ def fixed(experiment: ExperimentConfig, **changes: Any) -> registration.Registra
         "gpus": {"h200": 4800.0},
         "sessions": 3,
         "seed": 0,
-        "cells": [],
+        "cells": [{"session": run.record.session, "cell_id": run.record.cell_id, "label": ""} for run in found],
         "registered_at": "2026-07-01T09:00:00.000+00:00",
     }
     one = registration.Registration(**(given | changes))
@@ -153,28 +164,106 @@ def test_cells_of_other_devices_are_other_cells(sessions: list[Observation], exp
 
 
 def verdicts(
-    sessions: list[Observation], experiment: ExperimentConfig, *found: registration.Registration
+    found: list[Observation], experiment: ExperimentConfig, *registered: registration.Registration
 ) -> list[str]:
-    return build(experiment, sessions, found).verdicts
+    """What is said of runs that were measured under the first of some registrations."""
+    measured = under(registered[0], found) if registered else found
+    return build(experiment, measured, registered).verdict_lines
+
+
+def with_threshold(experiment: ExperimentConfig, speedup: float) -> ExperimentConfig:
+    claims = [dataclasses.replace(claim, speedup=speedup) for claim in experiment.claims]
+    return dataclasses.replace(experiment, claims=claims)
 
 
 def test_the_registered_threshold_decides_and_not_today_s(
     sessions: list[Observation], experiment: ExperimentConfig
 ) -> None:
-    lenient = dataclasses.replace(
-        experiment, claims=[dataclasses.replace(claim, speedup=9.0) for claim in experiment.claims]
-    )
-    assert verdicts(sessions, lenient, fixed(experiment))[0].startswith("survives: launch overhead")
-    assert verdicts(sessions, experiment, fixed(lenient))[0].startswith("killed: launch overhead")
+    lenient = with_threshold(experiment, 9.0)
+    told = verdicts(sessions, lenient, fixed(experiment, sessions))
+    assert told[0].startswith("survives: launch overhead")
+    assert "other thresholds today" in told[1]
+    assert verdicts(sessions, experiment, fixed(lenient, sessions))[0].startswith("killed: launch overhead")
+    without = dataclasses.replace(experiment, claims=[])
+    assert verdicts(sessions, without, fixed(experiment, sessions))[0].startswith("survives: launch overhead")
 
 
-def test_of_two_registrations_the_first_stands(sessions: list[Observation], experiment: ExperimentConfig) -> None:
-    other = dataclasses.replace(experiment, claims=[dataclasses.replace(experiment.claims[0], speedup=9.0)])
-    found = verdicts(
-        sessions, experiment, fixed(other, registered_at="2026-07-02T09:00:00.000+00:00"), fixed(experiment)
-    )
-    assert found[0].startswith("survives")
-    assert "registered with different thresholds" in found[1]
+def test_the_registered_arms_are_compared(sessions: list[Observation], experiment: ExperimentConfig) -> None:
+    swapped = dataclasses.replace(experiment, baseline="cuda_graph", candidate="eager")
+    assert verdicts(sessions, swapped, fixed(experiment, sessions))[0].startswith("survives")
+
+
+def test_each_sweep_is_judged_by_its_own_registration(
+    sessions: list[Observation], experiment: ExperimentConfig
+) -> None:
+    first = fixed(experiment, sessions)
+    later = {"sweep_id": "20260702-101010-abcd", "record_id": "t", "registered_at": "2026-07-01T09:30:00.000+00:00"}
+    second = fixed(with_threshold(experiment, 9.0), sessions, **later)
+    told = build(experiment, [*under(first, sessions), *under(second, sessions)], [second, first]).verdicts
+    assert [*told] == [first.record_id, second.record_id]
+    assert told[first.record_id][0].startswith("survives")
+    assert told[first.record_id][-1].endswith(f"sha256 {first.sha256[:16]}, sweep {first.sweep_id}")
+    assert told[second.record_id][0].startswith("killed")
+    assert all("at 3 sessions" in lines[0] for lines in told.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"registered_at": "2026-07-01T10:03:30.000+00:00"},  # before the last two runs alone
+        {"cells": []},
+        {"cells": [{"session": session, "cell_id": "f" * 16, "label": ""} for session in range(3)]},
+    ],
+)
+def test_runs_that_were_not_registered_before_they_began_decide_nothing(
+    sessions: list[Observation], experiment: ExperimentConfig, change: dict[str, Any]
+) -> None:
+    told = verdicts(sessions, experiment, fixed(experiment, sessions, **change))
+    assert told[0].startswith("no verdict")
+    assert re.search(r"\d runs of the sweep are left out: they are not what was registered", told[1])
+
+
+def test_runs_measured_under_another_registration_decide_nothing(
+    sessions: list[Observation], experiment: ExperimentConfig
+) -> None:
+    """Somebody wrote another threshold and another hash into the file, and not into the records."""
+    then = under(fixed(with_threshold(experiment, 9.0), sessions), sessions)
+    told = build(experiment, then, [fixed(experiment, sessions)]).verdict_lines
+    assert told[0].startswith("no verdict")
+    assert "6 runs of the sweep are left out" in told[1]
+
+
+def test_there_is_no_verdict_before_the_last_session(
+    sessions: list[Observation], experiment: ExperimentConfig
+) -> None:
+    told = verdicts(sessions[:5], experiment, fixed(experiment, sessions))
+    assert told[0].startswith("no verdict yet: launch overhead")
+    assert "2 of 3 registered sessions" in told[0]
+
+
+def test_arms_that_failed_are_named(sessions: list[Observation], experiment: ExperimentConfig) -> None:
+    def failing(last: int) -> list[Observation]:
+        ended = {"outcome": Outcome.OOM, "metrics": {}, "step_times_ms": []}
+        graphed = [one for one in sessions if one.record.config["execution"]["name"] == "cuda_graph"][-last:]
+        return [
+            dataclasses.replace(one, record=dataclasses.replace(one.record, **ended)) if one in graphed else one
+            for one in sessions
+        ]
+
+    [line, _] = verdicts(failing(3), experiment, fixed(experiment, sessions))
+    assert line.startswith("no verdict: launch overhead")
+    assert "cuda_graph oom x3" in line
+    [line, _] = verdicts(failing(1), experiment, fixed(experiment, sessions))
+    assert line.startswith(("survives", "inconclusive"))
+    assert "at 2 sessions" in line
+    assert "of 3 registered sessions some have no figures: cuda_graph oom x1" in line
+
+
+def test_another_interval_than_the_registered_one_judges_nothing(
+    sessions: list[Observation], experiment: ExperimentConfig
+) -> None:
+    [line, _] = verdicts(sessions, experiment, fixed(experiment, sessions, interval="by eye"))
+    assert line.startswith("no verdict: registered to be judged by by eye")
 
 
 def test_without_a_registration_there_is_no_verdict(
@@ -191,9 +280,8 @@ def test_a_claim_is_of_its_cells_alone(arm: Any, experiment: ExperimentConfig) -
         both = [arm("execution.cache=static", *overrides), arm("execution=cuda_graph", *overrides)]
         found = [run(cell, place, 10.0 + place) for place, cell in enumerate(both)]
         assert judged(pairs(found, experiment), experiment) == []
-        assert verdicts(found, experiment, fixed(experiment)) == [
-            "no verdict: no threshold was registered for this GPU and these cells"
-        ]
+        told = verdicts(found, experiment, fixed(experiment, found))
+        assert told[0] == "no verdict: no threshold was registered for this GPU and these cells"
 
 
 # What is told
@@ -214,21 +302,9 @@ def test_every_figure_is_traced_to_its_run(sessions: list[Observation], experime
 def test_a_gpu_that_the_study_did_not_have(sessions: list[Observation], experiment: ExperimentConfig) -> None:
     told = markdown(build(experiment, sessions))
     assert "The study did not have h200" in told
-    assert re.search(r"^\| h100 \| context=2048 \| speedup \| .* \| 1\.259 \|  \|  \|", told, re.MULTILINE)
-
-
-def test_the_study_s_gpu_has_both_figures_and_their_ratio(arm: Any, experiment: ExperimentConfig) -> None:
-    from registry.report.study import study
-
-    cell = arm("execution.cache=static")
-    cell.config.gpu.name = "h100"
-    [section] = study([run(cell, 0, 14.83 * 2)], [], experiment)
-    [row] = [
-        row
-        for row in section.tables[0].rows
-        if row.cells[2] == "median_tpot_ms" and row.cells[0] == "h100" and row.runs
-    ]
-    assert list(row.cells[-3:]) == ["14.83", "29.660", "2.000"]
+    assert re.search(
+        r"^\| h100 \| model=qwen2\.5-7b .* \| speedup \| .* \| 1\.259 \|  \|  \|  \|", told, re.MULTILINE
+    )
 
 
 class Addresses(html.parser.HTMLParser):
@@ -287,7 +363,7 @@ def test_a_terminal_of_any_width_is_told_every_figure(
 def test_a_page_shows_what_it_is_given_as_text(sessions: list[Observation]) -> None:
     nasty = "<script>alert(1)</script>|x"
     table = Table(["a", nasty], [Row([nasty, "1"], sessions[:1])])
-    report = Report(nasty, nasty, [nasty], [Section(nasty, [nasty], [table])], [nasty])
+    report = Report(nasty, nasty, [nasty], [Section(nasty, [nasty], [table])], {nasty: [nasty]})
     assert "<script>alert" not in page(report)
     assert "\\|x | 1 |" in markdown(report)
 

@@ -111,9 +111,10 @@ def test_one_session_has_no_interval() -> None:
     assert (found.mean, found.student, found.bootstrap, found.cv) == (1.2, None, None, None)
 
 
-def test_sessions_that_are_equal_have_an_interval_of_no_width() -> None:
+def test_sessions_that_do_not_differ_tell_nothing_of_others() -> None:
     found = stats.compare([12.0] * 3, [10.0] * 3, seed=0)
-    assert found.student == found.bootstrap == stats.Interval(1.2, 1.2)
+    assert found.student is None
+    assert found.bootstrap == stats.Interval(1.2, 1.2)
 
 
 def test_arms_of_unequal_length_are_no_pairs() -> None:
@@ -187,6 +188,10 @@ def test_two_equal_arms_seldom_differ() -> None:
         ([1.10, 1.15, 1.20], "above", "inconclusive"),
         ([1.15, 1.15, 1.15], "below", "inconclusive"),  # a tie
         ([1.15, 1.15, 1.15], "above", "inconclusive"),
+        ([1.25, 1.25], "below", "inconclusive"),  # as good as one
+        ([1.15] * 19 + [math.nextafter(1.15, 2)], "below", "inconclusive"),
+        ([1.25, 1.26, math.nan], "below", "inconclusive"),
+        ([1.02, 1.03, math.nan], "below", "inconclusive"),
         ([9.0], "below", "inconclusive"),  # one session decides nothing
         ([0.1], "below", "inconclusive"),
     ],

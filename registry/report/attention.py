@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, number, percent, varying
-from registry.report.observation import TPOT, cells
+from registry.report.observation import AGAIN, PLAIN, cells
 from registry.report.pieces import bars, not_measured
 
 if TYPE_CHECKING:
@@ -20,7 +20,11 @@ TOTAL = "layers_total_ms"
 
 
 def attention(observations: Sequence[Observation]) -> list[Section]:
-    """One row a kernel, shape and launch, and its share of the recorded step of the same model and launch."""
+    """One row a kernel, shape and launch, and its share of a plain step of the same model and launch.
+
+    A step that walks its positions for the first time plans and compiles, which no call here does: the share is of a
+    second visit.
+    """
     kernels = cells([one for one in observations if one.record.kind == KIND])
     steps = [one for one in cells([one for one in observations if one.record.kind != KIND]) if one.ok]
     if not kernels:
@@ -33,8 +37,10 @@ def attention(observations: Sequence[Observation]) -> list[Section]:
         "A call attends with one token to the context and itself; the calls rotate over 32 caches. us/call is the "
         "median over the sessions of each one's median: eagerly wall clock with a synchronise around each call, so "
         "dispatch and kernel; in a graph a replay of 32 calls, divided by them, so the kernel. events lets the host "
-        "run ahead. The share is that of all layers' calls in the step of the same model and launch with PyTorch's "
-        "own choice of kernel. GB/s are the bytes of keys, values, query and output over us/call.",
+        "run ahead. The share is that of all layers' calls in the second visit's median step, revisit_median_tpot_ms "
+        "of the one cell with the same model, launch and cache, attention=sdpa, quant=none and backend=hf; where "
+        "there is no such cell, or are several, there is no share. A kernel in a graph has none: that launch's step "
+        "has a static cache. GB/s are the bytes of keys, values, query and output over us/call.",
         _enabled(kernels),
     ]
     return [
@@ -47,8 +53,9 @@ def _row(one: Measured, axes: Sequence[str], steps: Sequence[Measured]) -> Row:
     runs = f"{len(one.ok)}/{len(one.observations)}"
     if not one.ok:
         return Row([*label(one.config, axes), one.outcome, runs, *[""] * 8], one.observations)
-    step = next((step for step in steps if _same_step(step, one)), None)
-    total, whole = one.median(TOTAL), step.median(TPOT) if step else None
+    own = [step for step in steps if _same_step(step, one)]
+    step = own[0] if len(own) == 1 else None
+    total, whole = one.median(TOTAL), step.median(AGAIN) if step else None
     size = one.median("call_bytes")
     figures = [number(one.median(CALL), 2), number(one.median("event_median_call_us"), 2)]
     figures += [percent(one.spread_of(CALL)), number(total, 3)]
@@ -60,12 +67,13 @@ def _row(one: Measured, axes: Sequence[str], steps: Sequence[Measured]) -> Row:
 
 
 def _same_step(step: Measured, kernel: Measured) -> bool:
+    """Whether a step is the plain one of a kernel's model, launch and cache."""
     mine, theirs = kernel.config, step.config
     return (
         step.device == kernel.device
-        and theirs["model"] == mine["model"]
-        and theirs["execution"]["name"] == mine["execution"]["name"]
+        and all(theirs[group] == mine[group] for group in ("model", "execution"))
         and all(theirs["protocol"][key] == mine["protocol"][key] for key in ("context", "batch_size"))
+        and all(theirs[axis]["name"] == name for axis, name in PLAIN.items())
     )
 
 

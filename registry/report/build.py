@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
+from registry.registration import FIXED
 from registry.report.attention import attention
 from registry.report.batches import batches
 from registry.report.cost import cost
@@ -12,11 +14,13 @@ from registry.report.facts import facts
 from registry.report.matrix import matrix
 from registry.report.observation import latest, pairs
 from registry.report.page import html
-from registry.report.paired import judged, paired
+from registry.report.paired import paired
+from registry.report.prices import prices as priced
 from registry.report.profiles import profiles
 from registry.report.steps import steps
 from registry.report.study import study
 from registry.report.variants import variants
+from registry.report.verdicts import verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,9 +39,9 @@ SECTIONS: dict[str, Maker] = {
     "cost": lambda runs, _, __, prices: cost(runs, prices),
     "matrix": lambda runs, *_: matrix(runs),
     "pairs": lambda _, found, experiment, __: paired(found, experiment),
-    "variants": lambda runs, *_: variants(runs),
+    "variants": lambda runs, _, __, prices: variants(runs, prices),
     "profiles": lambda runs, *_: profiles(runs),
-    "study": lambda runs, found, experiment, _: study(runs, found, experiment),
+    "study": study,
     "steps": lambda runs, *_: steps(runs),
 }
 """What an experiment's `report` may name."""
@@ -59,28 +63,21 @@ def build(
             has now.
         prices: Dollars an hour by GPU profile, over those of the records.
     """
-    observations = latest(observations)
-    found = pairs(observations, experiment)
+    observations, today = latest(observations), experiment
+    if claimed := [one for one in registrations if one.experiment.claims]:
+        # What was registered last is what is paired and drawn; each sweep is judged by its own registration.
+        experiment = _as_registered(experiment, max(claimed, key=lambda one: one.registered_at).experiment)
+    found, hourly = pairs(observations, experiment), priced(observations, prices or {})
     report = Report(experiment.name, experiment.question, facts(observations))
     for name in experiment.report:
-        report.sections += SECTIONS[name](observations, found, experiment, prices or {})
-    if experiment.claims:
-        report.verdicts = _verdicts(experiment, found, registrations)
+        report.sections += SECTIONS[name](observations, found, experiment, hourly)
+    report.verdicts = verdicts(observations, registrations, today)
     return report
 
 
-def _verdicts(
-    experiment: ExperimentConfig, found: Sequence[Pair], registrations: Sequence[Registration]
-) -> list[str]:
-    first = min(registrations, key=lambda one: one.registered_at, default=None)
-    if first is None:
-        return ["no verdict: no registration of thresholds from before these runs was found"]
-    told = [str(one) for one in judged(found, first.experiment)]
-    if any(one.experiment.claims != first.experiment.claims for one in registrations):
-        told.append("the sweeps were registered with different thresholds; the first one's stand here")
-    if not told:
-        return ["no verdict: no threshold was registered for this GPU and these cells"]
-    return [*told, f"registered {first.registered_at}, sha256 {first.sha256[:16]}, sweep {first.sweep_id}"]
+def _as_registered(today: ExperimentConfig, then: ExperimentConfig) -> ExperimentConfig:
+    """An experiment as it is told today, with the arms and the thresholds of a registration."""
+    return dataclasses.replace(today, **{key: getattr(then, key) for key in FIXED})
 
 
 def write(report: Report, folder: Path) -> list[Path]:

@@ -2,17 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from registry import floor
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, number, varying
-from registry.report.observation import TPOT, cells
+from registry.report.observation import TPOT, Measured, cells
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from registry.report.observation import Measured, Observation
+    from registry.report.observation import Observation
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A GPU's cheapest cell of a workload.
+
+    Attributes:
+        cell: The cell.
+        price: Dollars an hour of its GPU.
+        dollars: A million tokens.
+    """
+
+    cell: Measured
+    price: float
+    dollars: float
+
+
+Workload = tuple[str, int, int]
+"""Model, context and batch."""
+
+
+def ladders(observations: Sequence[Observation], prices: Mapping[str, float]) -> dict[Workload, dict[str, Rung]]:
+    """For each model, context and batch the cheapest cell of each GPU that has a price.
+
+    Args:
+        observations: Any runs; only measured steps count.
+        prices: Dollars an hour by GPU profile.
+    """
+    found: dict[Workload, dict[str, Rung]] = {}
+    for one in _priced(observations, prices):
+        gpu, price = one.config["gpu"]["name"], dollars(one, prices)
+        ladder = found.setdefault(_workload(one), {})
+        if price is not None and (gpu not in ladder or price < ladder[gpu].dollars):
+            ladder[gpu] = Rung(one, prices[gpu], price)
+    return found
+
+
+def dollars(one: Measured, prices: Mapping[str, float]) -> float | None:
+    """What a million tokens of a cell cost; `None` without a measured step or a price."""
+    step, price = one.median(TPOT), prices.get(one.config["gpu"]["name"])
+    return floor.usd_per_mtok(step, price, one.config["protocol"]["batch_size"]) if step and price else None
+
+
+def _priced(observations: Sequence[Observation], prices: Mapping[str, float]) -> list[Measured]:
+    steps = cells([one for one in observations if one.record.kind == "step"])
+    return [one for one in steps if one.ok and one.config["gpu"]["name"] in prices]
 
 
 def cost(observations: Sequence[Observation], prices: Mapping[str, float]) -> list[Section]:
@@ -20,32 +67,21 @@ def cost(observations: Sequence[Observation], prices: Mapping[str, float]) -> li
 
     Args:
         observations: Any runs; only steps that were measured on a GPU with a price count.
-        prices: Dollars an hour by GPU profile, over those of the records.
+        prices: Dollars an hour by GPU profile.
     """
-    priced = [
-        (one, price)
-        for one in cells([one for one in observations if one.record.kind == "step"])
-        if one.ok and (price := prices.get(one.config["gpu"]["name"], one.config["gpu"]["price_usd_per_hour"]))
-    ]
-    best: dict[tuple[str, int, int], dict[str, tuple[float, float, Measured]]] = {}
-    for one, price in priced:
-        dollars = _dollars(one, price)
-        ladder = best.setdefault(_workload(one), {})
-        gpu = one.config["gpu"]["name"]
-        if gpu not in ladder or dollars < ladder[gpu][0]:
-            ladder[gpu] = dollars, price, one
+    priced, best = _priced(observations, prices), ladders(observations, prices)
     axes = [
-        axis for axis in varying([one.config for one, _ in priced]) if axis not in ("model", "context", "batch_size")
+        axis for axis in varying([one.config for one in priced]) if axis not in ("model", "context", "batch_size")
     ]
     axes = [axis for axis in axes if axis not in ("gpu", "cache", "seed")]
     headings = ["model", "context", "batch", "GPU", *axes, "$/h", "TPOT ms", "$/Mtok", "times the cheapest"]
     rows = [row for workload, ladder in sorted(best.items()) for row in _rows(workload, ladder, axes)]
     unpriced = sorted(
-        {one.record.config["gpu"]["name"] for one in observations} - {one.config["gpu"]["name"] for one, _ in priced}
+        {one.record.config["gpu"]["name"] for one in observations} - {one.config["gpu"]["name"] for one in priced}
     )
     text = [
         "Price an hour x median step time / batch, over the cells on record; idle time, network and storage are left "
-        "out. The prices are those of the records' GPU profiles, with their sources there, or as given.",
+        "out. A GPU's price is the one given, else that of its newest record, with its source there.",
     ]
     if unpriced:
         text.append(
@@ -55,47 +91,43 @@ def cost(observations: Sequence[Observation], prices: Mapping[str, float]) -> li
     return [Section("$/Mtok with the best lever of each GPU", text, [table], lambda: _ladder(best))]
 
 
-def _dollars(one: Measured, price: float) -> float:
-    return floor.usd_per_mtok(one.median(TPOT) or 0.0, price, one.config["protocol"]["batch_size"])
-
-
-def _workload(one: Measured) -> tuple[str, int, int]:
+def _workload(one: Measured) -> Workload:
     protocol = one.config["protocol"]
     return one.config["model"]["name"], protocol["context"], protocol["batch_size"]
 
 
-def _rows(
-    workload: tuple[str, int, int], ladder: Mapping[str, tuple[float, float, Measured]], axes: Sequence[str]
-) -> list[Row]:
-    ranked = sorted(ladder.items(), key=lambda item: item[1][0])
-    least = ranked[0][1][0]
+def lever(one: Measured) -> str:
+    """What was pulled to make a step cheap, in a few words."""
+    return " ".join(one.config[axis]["name"] for axis in ("backend", "quant", "attention", "execution"))
+
+
+def _rows(workload: Workload, ladder: Mapping[str, Rung], axes: Sequence[str]) -> list[Row]:
+    ranked = sorted(ladder.items(), key=lambda item: item[1].dollars)
+    least = ranked[0][1].dollars
     model, context, batch = workload
     return [
         Row(
             [
-                *(model, str(context), str(batch), gpu, *label(one.config, axes)),
-                *(number(price, 2), number(one.median(TPOT), 2), number(dollars, 2), f"{dollars / least:.2f}"),
+                *(model, str(context), str(batch), gpu, *label(rung.cell.config, axes)),
+                *(number(rung.price, 2), number(rung.cell.median(TPOT), 2)),
+                *(number(rung.dollars, 2), f"{rung.dollars / least:.2f}"),
             ],
-            one.ok,
+            rung.cell.ok,
         )
-        for gpu, (dollars, price, one) in ranked
+        for gpu, rung in ranked
     ]
 
 
-def _ladder(best: Mapping[tuple[str, int, int], Mapping[str, tuple[float, float, Measured]]]) -> list[Any]:
+def _ladder(best: Mapping[Workload, Mapping[str, Rung]]) -> list[Any]:
     from plotly import graph_objects as go
 
     figures = []
     for (model, context, batch), ladder in sorted(best.items()):
-        ranked = sorted(ladder.items(), key=lambda item: item[1][0])
-        levers = [
-            " ".join(one.config[axis]["name"] for axis in ("backend", "quant", "execution"))
-            for _, (_, _, one) in ranked
-        ]
+        ranked = sorted(ladder.items(), key=lambda item: item[1].dollars)
         figure = go.Figure(
             go.Bar(
-                x=[dollars for _, (dollars, _, _) in ranked],
-                y=[f"{gpu}: {lever}" for (gpu, _), lever in zip(ranked, levers, strict=True)],
+                x=[rung.dollars for _, rung in ranked],
+                y=[f"{gpu}: {lever(rung.cell)}" for gpu, rung in ranked],
                 orientation="h",
                 marker={"color": "#3465a4"},
                 texttemplate="%{x:.2f}",

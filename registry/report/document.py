@@ -67,14 +67,19 @@ class Report:
         question: What it asks.
         facts: On what it was measured.
         sections: What is told, in order.
-        verdicts: One line for each claim that was registered for this GPU.
+        verdicts: What is said of the claims of each registration, by its record.
     """
 
     title: str
     question: str
     facts: list[str] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
-    verdicts: list[str] = field(default_factory=list)
+    verdicts: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def verdict_lines(self) -> list[str]:
+        """The verdicts, one after the other."""
+        return [line for lines in self.verdicts.values() for line in lines]
 
     def numbered(self) -> dict[str, tuple[int, Observation]]:
         """Every run that a figure comes from, numbered in the order in which the tables name them."""
@@ -97,7 +102,7 @@ def markdown(report: Report) -> str:
     numbered = report.numbered()
     lines = [f"# {report.title}", "", report.question, ""]
     lines += [*(f"- {fact}" for fact in report.facts), ""]
-    for verdict in report.verdicts:
+    for verdict in report.verdict_lines:
         lines += [f"**{verdict}**", ""]
     for section in report.sections:
         lines += [f"## {section.title}", ""]

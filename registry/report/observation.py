@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from registry.schema import ExperimentConfig
 
 TPOT = "median_tpot_ms"
+AGAIN = "revisit_median_tpot_ms"
+"""Medians of a step's time: of the first visit of its positions, and of the second."""
+PLAIN = {"quant": "none", "attention": "sdpa", "backend": "hf"}
+"""The choice on each axis that others are set against."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,10 @@ class Measured:
         found = self.values(metric)
         return float(np.median(found)) if found else None
 
+    def mean(self, metric: str) -> float:
+        """Mean over the sessions, of which one at least has it."""
+        return float(np.mean(self.values(metric)))
+
     def spread_of(self, metric: str) -> float | None:
         """Coefficient of variation of a metric across the sessions; `None` for one."""
         return stats.variation(self.values(metric))
@@ -124,8 +132,7 @@ class Pair:
     @property
     def difference_ms(self) -> float:
         """Mean over the sessions of the baseline's median step time minus the candidate's."""
-        one, other = self.baseline.values(TPOT), self.candidate.values(TPOT)
-        return float(np.mean(one) - np.mean(other))
+        return self.baseline.mean(TPOT) - self.candidate.mean(TPOT)
 
 
 def latest(observations: Iterable[Observation]) -> list[Observation]:

@@ -29,7 +29,7 @@ def html(report: Report) -> str:
     numbered = report.numbered()
     body = [f"<h1>{escape(report.title)}</h1>", f"<p>{escape(report.question)}</p>"]
     body += ["<ul>", *(f"<li>{escape(fact)}</li>" for fact in report.facts), "</ul>"]
-    body += [f'<p class="verdict">{escape(verdict)}</p>' for verdict in report.verdicts]
+    body += [f'<p class="verdict">{escape(verdict)}</p>' for verdict in report.verdict_lines]
     drawn = False
     for section in report.sections:
         body += _section(section, numbered)

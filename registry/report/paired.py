@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from registry import stats
 from registry.experiments import applies, matches
 from registry.report.document import Row, Section, Table
@@ -43,11 +41,11 @@ class Judged:
         )
 
 
-def judged(pairs: Sequence[Pair], experiment: ExperimentConfig) -> list[Judged]:
-    """Every claim that is made of a pair's GPU and block, with its verdict."""
+def judged(pairs: Sequence[Pair], experiment: ExperimentConfig, only: ClaimConfig | None = None) -> list[Judged]:
+    """Every claim that is made of a pair's GPU and block, or one alone, with its verdict."""
     return [
         Judged(claim, pair, stats.judge(pair.comparison.student, claim.killed_if, claim.speedup))
-        for claim in experiment.claims
+        for claim in ([only] if only else experiment.claims)
         for pair in pairs
         if applies(claim, pair.config["gpu"]["peak_bandwidth_gbs"]) and matches(pair.config, claim.where)
     ]
@@ -94,7 +92,7 @@ def _summary(pair: Pair) -> Row:
 
 
 def _arm(arm: Measured) -> list[str]:
-    return [number(float(np.mean(arm.values(TPOT))), 3), percent(arm.spread.within), percent(arm.spread.across)]
+    return [number(arm.mean(TPOT), 3), percent(arm.spread.within), percent(arm.spread.across)]
 
 
 def _interval(interval: stats.Interval | None) -> str:

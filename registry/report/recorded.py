@@ -19,10 +19,17 @@ if TYPE_CHECKING:
     from registry.schema import Config
 
 
+POOLED = "pooled"
+"""The folder among a run's artifacts that has the report over several sweeps."""
+
+
 def report(
     config: Config, sweeps: Sequence[str], folder: Path, prices: Mapping[str, float]
 ) -> tuple[Report, list[Path], list[str]]:
     """Write an experiment's report, and log it to the runs of the experiment's sweeps.
+
+    Each of these gets what is said of its own registration as its verdict. A report over several sweeps stands in a
+    folder of its own beside the report that each sweep ended with.
 
     Args:
         config: Names the experiment and where MLflow is.
@@ -38,20 +45,24 @@ def report(
         TrackingDown: MLflow cannot be reached.
     """
     experiment = config.experiment
-    tracker = Tracker(config.tracking)
+    tracker = Tracker(config.tracking, reading=True)
     own = experiment.name if experiment.cells else ""  # a report without cells of its own tells of all runs
     measured, problems = tracker.recorded(RECORD, records.from_plain, own, sweeps)
     observations = [Observation(record, run_id) for run_id, record in measured]
     if not observations:
         told = f" of the sweeps {', '.join(sweeps)}" if sweeps else ""
         which = f" ({len(problems)} are no records: {problems[0]})" if problems else ""
+        measure = f"measure them with python runner.py -m experiment={experiment.name}" if own else "measure some"
         raise BadInput(
             f"MLflow's {config.tracking.experiment!r} has no runs of experiment={experiment.name}{told}{which}: "
-            f"measure them with python runner.py -m experiment={experiment.name}, or rfloor import their records"
+            f"{measure}, or rfloor import their records"
         )
+    if absent := set(sweeps) - {one.record.sweep_id for one in observations}:
+        raise BadInput(f"no run of experiment={experiment.name} is of the sweep {', '.join(sorted(absent))}")
     fixed, unread = tracker.recorded(REGISTRATION, registrations.from_json, own, sweeps) if own else ([], [])
     found = build(experiment, observations, [registration for _, registration in fixed], prices)
     files = write(found, folder)
-    for run_id, _ in fixed:
-        tracker.close_experiment(run_id, found.verdicts, files)
+    place = POOLED if len(fixed) > 1 else ""
+    for run_id, one in fixed:
+        tracker.tell_experiment(run_id, found.verdicts.get(one.record_id, ()), files, place)
     return found, files, [*problems, *unread]

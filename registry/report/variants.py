@@ -5,37 +5,39 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from registry.kernels import short
+from registry.report.cost import dollars
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, number, percent, varying
-from registry.report.observation import TPOT, cells
+from registry.report.observation import AGAIN, PLAIN, TPOT, cells
 from registry.report.pieces import bars, not_measured
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from registry.report.observation import Measured, Observation
 
-AGAIN = "revisit_median_tpot_ms"
 FIGURES = (
     ("r_floor", "r_floor", 3),
     ("mbu", "mbu", 3),
     ("decode peak GB", "decode_peak_memory_gb", 2),
     ("peak GB", "peak_memory_gb", 2),
-    ("$/Mtok", "usd_per_mtok", 2),
 )
-PLAIN = {"quant": "none", "execution": "eager", "attention": "sdpa", "backend": "hf"}
-"""The choice on each axis against which a speedup is told."""
 TOLD = 4
 """Kernels that a row names."""
 
 
-def variants(observations: Sequence[Observation]) -> list[Section]:
-    """One row a cell with its speedup over the plain one, and bars of step times."""
+def variants(observations: Sequence[Observation], prices: Mapping[str, float]) -> list[Section]:
+    """One row a cell with its speedup over the plain one, and bars of step times.
+
+    Args:
+        observations: Of decode steps.
+        prices: Dollars an hour by GPU profile.
+    """
     found = cells(observations)
     axes = [axis for axis in varying([one.config for one in found]) if axis != "cache"]
     headings = [*axes, "outcome", "n", "TPOT ms", "range", "within", "across", "speedup", "again ms", "speedup again"]
-    headings += [*(heading for heading, *_ in FIGURES)]
-    rows = [_row(one, axes, found) for one in found]
+    headings += [*(heading for heading, *_ in FIGURES), "$/Mtok"]
+    rows = [_row(one, axes, found, prices) for one in found]
     kernels = Table(
         [*axes, "kernels of a step"],
         [Row([*label(one.config, axes), _kernels(one)], one.ok[-1:]) for one in found if one.ok],
@@ -44,7 +46,7 @@ def variants(observations: Sequence[Observation]) -> list[Section]:
     text = (
         "TPOT is the median over the sessions of each one's median step time, range their least and greatest; the "
         "speedup is that of the median over the plain cell of the same model, context, batch and execution "
-        f"({', '.join(f'{axis}={name}' for axis, name in PLAIN.items() if axis != 'execution')}). again walks the "
+        f"({', '.join(f'{axis}={name}' for axis, name in PLAIN.items())}). again walks the "
         "same positions a second time: what it is faster by was paid once a cache length.",
     )
     return [
@@ -54,16 +56,17 @@ def variants(observations: Sequence[Observation]) -> list[Section]:
     ]
 
 
-def _row(one: Measured, axes: Sequence[str], found: Sequence[Measured]) -> Row:
+def _row(one: Measured, axes: Sequence[str], found: Sequence[Measured], prices: Mapping[str, float]) -> Row:
     runs = f"{len(one.ok)}/{len(one.observations)}"
     times = one.values(TPOT)
     if not times:
-        return Row([*label(one.config, axes), one.outcome, runs, *[""] * (7 + len(FIGURES))], one.observations)
+        return Row([*label(one.config, axes), one.outcome, runs, *[""] * (8 + len(FIGURES))], one.observations)
     plain = next((other for other in found if _is_plain(other, one)), None)
     cells = [number(one.median(TPOT), 2), f"{min(times):.2f}-{max(times):.2f}"]
     cells += [percent(one.spread.within), percent(one.spread.across), _speedup(plain, one, TPOT)]
     cells += [number(one.median(AGAIN), 2), _speedup(plain, one, AGAIN)]
     cells += [number(one.median(metric), digits) for _, metric, digits in FIGURES]
+    cells.append(number(dollars(one, prices), 2))
     return Row([*label(one.config, axes), one.outcome, runs, *cells], one.observations)
 
 
@@ -74,7 +77,7 @@ def _is_plain(other: Measured, one: Measured) -> bool:
     if any(theirs["protocol"][key] != mine["protocol"][key] for key in ("context", "batch_size")):
         return False
     same = theirs["execution"]["name"] == mine["execution"]["name"]
-    return same and all(theirs[axis]["name"] == name for axis, name in PLAIN.items() if axis != "execution")
+    return same and all(theirs[axis]["name"] == name for axis, name in PLAIN.items())
 
 
 def _speedup(plain: Measured | None, one: Measured, metric: str) -> str:

@@ -1,0 +1,288 @@
+"""Each section of a report against tables computed by hand: runs are made up, and their every figure is known."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from planning import H200
+from test_report import run
+
+from registry.compose import Composer
+from registry.hardware import Device
+from registry.plan import Cell, Planner
+from registry.plugins import Catalog
+from registry.report.attention import attention
+from registry.report.build import build
+from registry.report.document import Section
+from registry.report.observation import Observation, pairs
+from registry.report.prices import prices
+from registry.report.study import study
+from registry.schema import ExperimentConfig, GpuConfig
+
+GiB = 1 << 30
+DEVICES = {
+    "h100": Device("cuda", "NVIDIA H100 80GB HBM3", 80 * GiB, "GPU-1", (9, 0), "580.1"),
+    "h200": H200,
+    "l4": Device("cuda", "NVIDIA L4", 24 * GiB, "GPU-2", (8, 9), "580.1"),
+}
+Make = Callable[..., Cell]
+Named = Callable[[str], ExperimentConfig]
+
+
+@pytest.fixture(scope="module")
+def make(composer: Composer, profiles: dict[str, GpuConfig]) -> Make:
+    """A cell of the study's protocol, of its model unless another is named."""
+
+    def make(*overrides: str, gpu: str = "h100") -> Cell:
+        planner = Planner(Catalog(), profiles, DEVICES[gpu])
+        return planner.plan(composer.cell([f"gpu={gpu}", "model=qwen2.5-7b", "protocol=paper", *overrides]))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def named(composer: Composer) -> Named:
+    return lambda name: composer.cell([f"experiment={name}"]).experiment
+
+
+def rows(section: Section, table: int = 0) -> list[dict[str, str]]:
+    """A table's rows by heading; of headings that are there twice the last."""
+    found = section.tables[table]
+    return [dict(zip(found.headings, row.cells, strict=True)) for row in found.rows]
+
+
+def titled(sections: Sequence[Section], title: str) -> Section:
+    [found] = [section for section in sections if section.title.startswith(title)]
+    return found
+
+
+def compared(
+    experiment: ExperimentConfig, found: Sequence[Observation], **given: float
+) -> tuple[Section, list[list[str]]]:
+    """The study's section, and of each of its rows that has ours: GPU, figure, the study's, ours, ratio."""
+    [section] = study(found, pairs(found, experiment), experiment, prices(found, given))
+    told = [[row[key] for key in ("study's GPU", "figure", "study", "ours", "ours / study")] for row in rows(section)]
+    return section, [row for row in told if row[3]]
+
+
+def arms(make: Make, eager: Sequence[float], graphed: Sequence[float], *overrides: str) -> list[Observation]:
+    """Sessions of both launches on a static cache."""
+    found: list[Observation] = []
+    for session, times in enumerate(zip(eager, graphed, strict=True)):
+        for execution, tpot in zip(("eager", "cuda_graph"), times, strict=True):
+            cell = make(f"execution={execution}", "execution.cache=static", *overrides)
+            found.append(run(cell, len(found), tpot, session=session, experiment="graphs_ab"))
+    return found
+
+
+# Beside the study's figures
+
+
+def test_the_arms_of_the_study_are_compared_as_means_over_the_sessions(make: Make, named: Named) -> None:
+    """14.0, 14.1 and 17.0 ms have the mean 15.033 and the median 14.1; the differences 3.0, 3.0 and 5.8 ms 3.933."""
+    _, told = compared(named("graphs_ab"), arms(make, (14.0, 14.1, 17.0), (11.0, 11.1, 11.2)))
+    speedup = (14.0 / 11.0 + 14.1 / 11.1 + 17.0 / 11.2) / 3
+    assert told == [
+        ["h100", "speedup", "1.259", f"{speedup:.3f}", f"{speedup / 1.259:.3f}"],
+        ["h100", "difference_ms", "3.05", "3.933", "1.290"],
+        ["h100", "baseline_ms", "14.83", "15.033", "1.014"],
+        ["h100", "candidate_ms", "11.78", "11.100", "0.942"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "words"),
+    [
+        ("stack", "l4", ["The study had l4 too, and states none of these figures of it."]),
+        ("stack", "h100", []),
+        ("quant", "h100", ["The study had h100 too, and states none of these figures of it."]),
+        ("matrix", "h200", ["The study did not have h200: its figures stand for comparison, of other GPUs."]),
+    ],
+)
+def test_what_gpus_the_study_had(make: Make, named: Named, name: str, gpu: str, words: list[str]) -> None:
+    section, _ = compared(named(name), [run(make(gpu=gpu), 0, 20.0)])
+    assert list(section.text) == words
+
+
+def test_a_stack_s_figures_are_those_of_the_plain_body_alone(make: Make, named: Named) -> None:
+    """ExLlamaV2's body runs sdpa and eager too, on quantised weights: none of the study's figures is of it."""
+    plain = run(make("backend=hf"), 0, 20.0)
+    other = run(make("backend=exllamav2", "quant=exl2"), 1, 6.0)
+    _, told = compared(named("stack"), [plain, other])
+    assert told == [
+        ["h100", "median_tpot_ms", "17.07", "20.000", "1.172"],
+        ["h100", "r_floor", "0.268", "0.250", "0.933"],
+    ]
+    assert compared(named("stack"), [other])[1] == []
+
+
+def test_of_two_cells_that_a_figure_could_be_of_none_is_taken(make: Make, named: Named) -> None:
+    found = [run(make("backend=hf", f"protocol.seed={seed}"), seed, 20.0 + seed) for seed in (0, 1)]
+    section, told = compared(named("stack"), found)
+    assert told[0] == ["h100", "median_tpot_ms", "17.07", "ambiguous", ""]
+    assert any(re.search("median_tpot_ms of h100.* is that of seed=0 and of seed=1", text) for text in section.text)
+
+
+@pytest.mark.parametrize("other", ["model=mistral-7b-v0.3", "context=4096", "protocol.batch_size=2", "quant=nf4"])
+@pytest.mark.parametrize("name", ["graphs_ab", "batch4", "stack", "quant", "profile", "matrix"])
+def test_another_model_s_context_s_or_quantisation_s_step_is_no_figure_of_the_study(
+    make: Make, named: Named, name: str, other: str
+) -> None:
+    """A figure that leaves out what it is of would take whatever was measured."""
+    experiment = named(name)
+    for gpu in ("h100", "l4"):
+        found = []
+        for execution in ("eager", "cuda_graph"):
+            one = run(make(other, f"execution={execution}", "execution.cache=static", gpu=gpu), len(found), 20.0)
+            one.record.metrics |= {"bw_util": 0.25, "cpu_cuda_ratio": 0.7, "peak_memory_gb": 1.0}
+            found.append(one)
+        wrong = [
+            figure
+            for figure, row in zip(
+                experiment.study,
+                study(found, pairs(found, experiment), experiment, {})[0].tables[0].rows,
+                strict=True,
+            )
+            if row.runs and not figure.over and not _may_be(figure.where, other)
+        ]
+        assert wrong == []
+
+
+def _may_be(where: dict[str, Any], override: str) -> bool:
+    """Whether a figure is stated of what an override chooses."""
+    key, _, value = override.partition("=")
+    dotted = {"model": "model.name", "quant": "quant.name", "context": "protocol.context"}.get(key, key)
+    return str(where.get(dotted)) == value
+
+
+TWELVE = [
+    (model, context)
+    for model in ("qwen2.5-7b", "mistral-7b-v0.3", "llama-3.1-8b")
+    for context in (2048, 4096, 8192, 16384)
+]
+
+
+def test_the_least_of_twelve_cells_is_compared_with_the_least_of_twelve(make: Make, named: Named) -> None:
+    """Steps of 10, 11 ... 21 ms have floors over steps of 5/10 ... 5/21; their median is between 5/15 and 5/16."""
+    found = [
+        run(make(f"model={model}", f"context={context}"), place, 10.0 + place)
+        for place, (model, context) in enumerate(TWELVE)
+    ]
+    section, told = compared(named("matrix"), found)
+    assert told == [
+        ["h100", "min r_floor", "0.19", "0.238", "1.253"],
+        ["h100", "median r_floor", "0.26", "0.323", "1.242"],
+        ["h100", "max r_floor", "0.31", "0.500", "1.613"],
+        ["h100", "median_tpot_ms", "16.97", "10.000", "0.589"],
+    ]
+    assert {row["our cells"] for row in rows(section) if row["ours"]} == {"12 of 12", ""}
+    # Another quantisation's cells are none of the twelve; eleven are no twelve.
+    extra = [run(make("quant=nf4"), 20, 2.0), *found[1:]]
+    section, told = compared(named("matrix"), extra)
+    assert [row[1:] for row in told] == [
+        ["min r_floor", "0.19", "0.238", ""],
+        ["median r_floor", "0.26", "0.312", ""],
+        ["max r_floor", "0.31", "0.455", ""],
+    ]
+    assert {row["our cells"] for row in rows(section) if row["ours"]} == {"11 of 12"}
+
+
+def test_a_second_cell_of_the_twelve_s_kind_makes_them_ambiguous(make: Make, named: Named) -> None:
+    found = [run(make(f"protocol.warmup_steps={steps}"), steps, 20.0) for steps in (1, 5)]
+    _, told = compared(named("matrix"), found)
+    assert {row[3] for row in told} == {"ambiguous"}
+
+
+# Dollars
+
+
+def test_the_study_s_dollars_are_beside_the_ladder_s_cheapest_cell_at_the_ladder_s_price(
+    make: Make, named: Named
+) -> None:
+    """36 $/h are 0.01 $ a second, so a token of 10 ms is a ten-thousandth of a dollar: 100 $ a million."""
+    times = {"execution=eager": 20.0, "execution=cuda_graph": 12.0, "attention=flashinfer": 10.0}
+    found = [run(make(lever), place, tpot) for place, (lever, tpot) in enumerate(times.items())]
+    section, told = compared(named("cost"), found, h100=36.0)
+    assert told == [["h100", "usd_per_mtok", "11.45", "100.000", "8.734"]]
+    assert section.text[-1] == (
+        "Ours beside the 11.45 usd_per_mtok of h100 is of hf none flashinfer eager at 36.00 $/h."
+    )
+    [row] = rows(titled(build(named("cost"), found, prices={"h100": 36.0}).sections, "$/Mtok"))
+    assert (row["$/h"], row["TPOT ms"], row["$/Mtok"], row["times the cheapest"]) == (
+        "36.00",
+        "10.00",
+        "100.00",
+        "1.00",
+    )
+
+
+def test_a_gpu_has_one_price_the_newest_record_s_or_the_one_that_is_given(make: Make, named: Named) -> None:
+    """3.6 and 7.2 $/h: at 7.2 $/h a step of 10 ms costs 20 $ a million tokens, one of 20 ms costs 40 $."""
+    found = [
+        run(make("gpu.price_usd_per_hour=3.6"), 0, 20.0),
+        run(make("gpu.price_usd_per_hour=7.2", "execution=cuda_graph"), 1, 10.0),
+    ]
+    for order in (found, found[::-1]):
+        assert prices(order, {}) == {"h100": 7.2}
+        told = rows(titled(build(named("stack"), order).sections, "Cells"))
+        assert sorted(row["$/Mtok"] for row in told) == ["20.00", "40.00"]
+    assert prices(found, {"h100": 1.0}) == {"h100": 1.0}
+
+
+# Attention
+
+
+def call(cell: Cell, number: int, us: float, layers_ms: float, **changes: Any) -> Observation:
+    """A kernel alone: three calls with the median `us`, 8.4 MB each."""
+    one = run(cell, number, 1.0, kind="attention", step_times_ms=[], **changes)
+    one.record.call_times_us = [us * 0.9, us, us * 1.1]
+    one.record.metrics = {
+        "median_call_us": us,
+        "event_median_call_us": us / 2,
+        "layers_total_ms": layers_ms,
+        "call_bytes": 8.4e6,
+        "call_gbs": 8.4e6 / us / 1e3,
+        "output_cosine": 0.99999,
+    }
+    one.record.measured = {
+        "sdp_enabled": {"flash": True, "cudnn": False},
+        "calls_a_launch": 32 if cell.config.execution.name == "cuda_graph" else 1,
+    }
+    return one
+
+
+KERNEL = ("protocol=attention", "execution.cache=dynamic")
+
+
+def test_attention_s_table(make: Make) -> None:
+    """Calls of 40, 42 and 44 us, 28 layers' of 1.12, 1.176 and 1.232 ms; the step's second visit takes 8.4 ms."""
+    kernels = [
+        call(make(*KERNEL), place, us, us * 28 / 1e3, session=place) for place, us in enumerate((40.0, 42.0, 44.0))
+    ]
+    step = run(make(), 3, 16.8)
+    section = titled(attention([*kernels, step]), "Kernels")
+    [row] = rows(section)
+    assert (row["n"], row["us/call"], row["events us/call"], row["all layers ms"]) == (
+        "3/3",
+        "42.00",
+        "21.00",
+        "1.176",
+    )
+    assert (row["share of step"], row["MB/call"], row["GB/s"], row["cosine"]) == ("14.0%", "8.40", "200", "0.99999")
+    assert row["across"] == "4.76%"  # 2 of 42
+    assert section.text[1] == "What scaled_dot_product_attention may choose from: flash on, cudnn off."
+    assert "revisit_median_tpot_ms" in section.text[0]
+
+
+@pytest.mark.parametrize(
+    "other", ["attention=sdpa-math", "quant=nf4", "backend=exllamav2", "execution.cache=static", "context=4096"]
+)
+def test_a_share_is_of_the_plain_step_with_the_same_cache_and_of_no_other(make: Make, other: str) -> None:
+    kernel = call(make(*KERNEL, "attention=sdpa-flash"), 0, 40.0, 1.12)
+    assert [row["share of step"] for row in rows(attention([kernel, run(make(other), 1, 16.8)])[0])] == [""]
+
+
+def test_of_two_plain_steps_there_is_no_share(make: Make) -> None:
+    steps = [run(make(f"protocol.seed={seed}"), seed, 16.8) for seed in (1, 2)]
+    assert [row["share of step"] for row in rows(attention([call(make(*KERNEL), 0, 40.0, 1.12), *steps])[0])] == [""]
