@@ -109,7 +109,7 @@ def test_sessions_of_a_cell_are_one_cell(sessions: list[Observation]) -> None:
 
 
 def test_what_a_cell_may_take_makes_it_no_other_cell(arm: Any) -> None:
-    found = [run(arm(), 0), run(arm("protocol.timeout_s=99", "protocol.profiled_steps=3"), 1)]
+    found = [run(arm(), 0), run(arm("protocol.timeout_s=99", "protocol.profiled_steps=3"), 1, session=1)]
     assert len(cells(found)) == 1
     assert len(cells([*found, run(arm("protocol.seed=5"), 2)])) == 2
 
@@ -143,7 +143,9 @@ def test_a_session_that_lacks_an_arm_is_left_out(sessions: list[Observation], ex
 
 def test_cells_of_other_devices_are_other_cells(sessions: list[Observation], experiment: ExperimentConfig) -> None:
     record = sessions[0].record
-    elsewhere = dataclasses.replace(record, environment=record.environment | {"device": {"name": "NVIDIA L4 too"}})
+    elsewhere = dataclasses.replace(
+        record, environment=record.environment | {"device": {"name": "NVIDIA L4 too"}}, cell_id="e" * 16
+    )
     assert len(cells([*sessions, Observation(elsewhere)])) == 3
     assert len(pairs([*sessions[1:], Observation(elsewhere)], experiment)[0].comparison.ratios) == 2
 

@@ -1,11 +1,14 @@
 """Each section of a report against tables computed by hand: runs are made up, and their every figure is known."""
 
+import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from planning import H200
+from test_profile import ONE_PROFILE
 from test_report import run
 
 from registry.compose import Composer
@@ -15,7 +18,7 @@ from registry.plugins import Catalog
 from registry.report.attention import attention
 from registry.report.build import build
 from registry.report.document import Section
-from registry.report.observation import Observation, pairs
+from registry.report.observation import Observation, cells, pairs
 from registry.report.prices import prices
 from registry.report.study import study
 from registry.schema import ExperimentConfig, GpuConfig
@@ -286,3 +289,115 @@ def test_a_share_is_of_the_plain_step_with_the_same_cache_and_of_no_other(make: 
 def test_of_two_plain_steps_there_is_no_share(make: Make) -> None:
     steps = [run(make(f"protocol.seed={seed}"), seed, 16.8) for seed in (1, 2)]
     assert [row["share of step"] for row in rows(attention([call(make(*KERNEL), 0, 40.0, 1.12), *steps])[0])] == [""]
+
+
+# What one cell is, and what it is called
+
+
+def elsewhere(one: Observation, number: int, cell_id: str, **changes: Any) -> Observation:
+    """The same configuration measured with other code, software or on another device, in another sweep."""
+    environment = one.record.environment | changes
+    told = {"cell_id": cell_id, "environment": environment, "record_id": f"r{number}", "sweep_id": "another"}
+    return Observation(dataclasses.replace(one.record, **told), f"run{number}")
+
+
+def test_sessions_with_other_software_are_no_sessions_of_one_cell(make: Make, named: Named) -> None:
+    first = arms(make, (14.0, 15.0), (11.0, 12.0))
+    newer = [
+        elsewhere(one, 10 + place, f"{place % 2:016}", versions={"torch": "2.99"}) for place, one in enumerate(first)
+    ]
+    experiment = named("graphs_ab")
+    assert [len(one.observations) for one in cells([*first, *newer])] == [2, 2, 2, 2]
+    section = titled(build(experiment, [*first, *newer]).sections, "eager against")
+    assert [(row["block"], row["sessions"]) for row in rows(section)] == [
+        ("h100, qwen2.5-7b, ctx 2048, batch 1, torch=2.13.0", "2"),
+        ("h100, qwen2.5-7b, ctx 2048, batch 1, torch=2.99", "2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "axis", "values"),
+    [
+        ({"versions": {"torch": "2.99"}}, "torch", {"2.13.0", "2.99"}),
+        ({"git": {"commit": "deadbeefdead", "dirty": "false"}}, "commit", {"c0ffee", "deadbeef"}),
+        ({"git": {"commit": "c0ffee", "dirty": "true"}}, "dirty", {"false", "true"}),
+        ({"device": {"name": "NVIDIA L4", "driver": "999"}}, "driver", {"570.86.15", "999"}),
+        ({}, "cell", set()),
+    ],
+)
+def test_cells_of_one_configuration_are_told_apart_by_what_differs(
+    make: Make, named: Named, changes: dict[str, Any], axis: str, values: set[str]
+) -> None:
+    one = run(make(), 0, 20.0)
+    found = [one, elsewhere(one, 1, "f" * 16, **changes)]
+    told = rows(titled(build(named("matrix"), found).sections, "Cells"))
+    assert {row[axis] for row in told} == (values or {one.record.cell_id[:8], "ffffffff"})
+
+
+def test_a_price_makes_no_other_cell(make: Make) -> None:
+    found = [run(make(f"gpu.price_usd_per_hour={price}"), price, 20.0, session=price) for price in (1, 2)]
+    assert len(cells(found)) == 1
+
+
+def test_a_cell_that_was_asked_for_twice_is_two_and_no_run_of_it_is_lost(make: Make, named: Named) -> None:
+    """14 and 11 ms, then once more 16 and 10 ms in the same session."""
+    found = [*arms(make, (14.0,), (11.0,)), *arms(make, (16.0,), (10.0,))]
+    for place, one in enumerate(found):
+        one.record.started_at = f"2026-07-01T10:{place:02}:00+00:00"
+    told = rows(titled(build(named("graphs_ab"), found).sections, "eager against"))
+    assert [(row["block"][-6:], row["speedup"]) for row in told] == [("copy=0", "1.2727"), ("copy=1", "1.6000")]
+
+
+def test_a_dynamic_cache_s_baseline_is_another_pair_s(make: Make, named: Named) -> None:
+    """Three sessions of each baseline beside the one candidate: 14 / 11 and 50 / 11, never 9 sessions or 3 mixed."""
+    static = arms(make, (14.0,) * 3, (11.0,) * 3)
+    dynamic = [run(make("execution.cache=dynamic"), 10 + place, 50.0, session=place) for place in range(3)]
+    for found in ([*static, *dynamic], [*dynamic, *static]):
+        told = rows(titled(build(named("graphs_ab"), found).sections, "eager against"))
+        assert [(row["block"].rpartition(", ")[2], row["sessions"], row["speedup"]) for row in told] == [
+            ("cache=dynamic", "3", "4.5455"),
+            ("cache=static", "3", "1.2727"),
+        ]
+
+
+VARIANTS = (
+    "",
+    "execution.cache=static",
+    "execution=cuda_graph",
+    "protocol.warmup_steps=1",
+    "protocol.measured_steps=1",
+    "protocol.seed=5",
+    "protocol.threads=2",
+    "protocol.batch_size=2",
+    "protocol.batch_size=2 protocol.seed=5",
+    "quant=nf4",
+    "quant=nf4 protocol.batch_size=2",
+    "quant=nf4 quant.options.block_size=128",
+    "quant=nf4 execution=cuda_graph",
+    "attention=sdpa-math",
+    "attention=sdpa-math protocol.batch_size=2",
+    "execution=compile",
+    "execution=compile execution.mode=max-autotune-no-cudagraphs",
+    "model=tiny",
+    "model.layers=2",
+    "context=4096",
+)
+
+
+@pytest.mark.parametrize("name", ["graphs_ab", "batch4", "matrix", "quant", "stack", "profile", "attention", "cost"])
+def test_no_two_rows_have_one_label(make: Make, named: Named, name: str) -> None:
+    """Of cells that differ in every way in which cells can, no table has two rows that read the same at the left."""
+    found: list[Observation] = []
+    for overrides in VARIANTS:
+        one = run(make(*overrides.split()), len(found), 20.0 + len(found), experiment=name)
+        one.record.measured = {"profile": ONE_PROFILE}
+        found += [one, elsewhere(one, 100 + len(found), f"{len(found):016}", versions={"torch": "2.99"})]
+    sections = build(named(name), found).sections
+    for section in sections:
+        for table in section.tables:
+            if section.title.startswith(("The study", "Kernels of")):
+                continue
+            labels = Counter(tuple(row.cells[: table.text_columns]) for row in table.rows)
+            assert [told for told, count in labels.items() if count > 1] == [], section.title
+    titles = Counter(section.title for section in sections)
+    assert [title for title, count in titles.items() if count > 1] == []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, number, percent, varying
-from registry.report.observation import AGAIN, PLAIN, cells
+from registry.report.observation import AGAIN, PLAIN, cells, only, same_software
 from registry.report.pieces import bars, not_measured
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def attention(observations: Sequence[Observation]) -> list[Section]:
     steps = [one for one in cells([one for one in observations if one.record.kind != KIND]) if one.ok]
     if not kernels:
         return []
-    axes = [axis for axis in varying([one.config for one in kernels]) if axis != "cache"]
+    axes = varying(kernels)
     headings = [*axes, "outcome", "n", "us/call", "events us/call", "across", "all layers ms", "share of step"]
     headings += ["MB/call", "GB/s", "cosine"]
     rows = [_row(one, axes, steps) for one in kernels]
@@ -52,25 +52,22 @@ def attention(observations: Sequence[Observation]) -> list[Section]:
 def _row(one: Measured, axes: Sequence[str], steps: Sequence[Measured]) -> Row:
     runs = f"{len(one.ok)}/{len(one.observations)}"
     if not one.ok:
-        return Row([*label(one.config, axes), one.outcome, runs, *[""] * 8], one.observations)
-    own = [step for step in steps if _same_step(step, one)]
-    step = own[0] if len(own) == 1 else None
+        return Row([*label(one, axes), one.outcome, runs, *[""] * 8], one.observations)
+    step = only(step for step in steps if _same_step(step, one))
     total, whole = one.median(TOTAL), step.median(AGAIN) if step else None
     size = one.median("call_bytes")
     figures = [number(one.median(CALL), 2), number(one.median("event_median_call_us"), 2)]
     figures += [percent(one.spread_of(CALL)), number(total, 3)]
     figures += [f"{total / whole:.1%}" if total and whole else "", number(size / 1e6 if size else None, 2)]
     figures += [number(one.median("call_gbs"), 0), number(one.median("output_cosine"), 5)]
-    return Row(
-        [*label(one.config, axes), one.outcome, runs, *figures], [*one.observations, *(step.ok if step else ())]
-    )
+    return Row([*label(one, axes), one.outcome, runs, *figures], [*one.observations, *(step.ok if step else ())])
 
 
 def _same_step(step: Measured, kernel: Measured) -> bool:
     """Whether a step is the plain one of a kernel's model, launch and cache."""
     mine, theirs = kernel.config, step.config
     return (
-        step.device == kernel.device
+        same_software(step, kernel)
         and all(theirs[group] == mine[group] for group in ("model", "execution"))
         and all(theirs["protocol"][key] == mine["protocol"][key] for key in ("context", "batch_size"))
         and all(theirs[axis]["name"] == name for axis, name in PLAIN.items())

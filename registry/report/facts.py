@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from registry.display import axes_of
-from registry.report.labels import varying
+from registry.report.labels import tiers, varying
+from registry.report.observation import cells
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,9 +33,9 @@ def facts(observations: Sequence[Observation]) -> list[str]:
     )
     days = [record.started_at[:10] for record in found]
     lines.append(f"measured: {min(days)}" if min(days) == max(days) else f"measured: {min(days)} to {max(days)}")
-    configs = [record.config for record in found]
-    differing = varying(configs)
-    same = [f"{axis}={value}" for axis, value in axes_of(configs[0]).items() if axis not in differing]
+    measured = cells(observations)
+    differing = varying(measured)
+    same = [f"{axis}={value}" for axis, value in tiers(measured[0])[0].items() if axis not in differing]
     return [*lines, f"every cell: {' '.join(same)}"]
 
 

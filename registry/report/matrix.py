@@ -28,14 +28,14 @@ FIGURES = (
 def matrix(observations: Sequence[Observation]) -> list[Section]:
     """One row a cell, one row a GPU, and a heat map of models over contexts."""
     found = cells(observations)
-    axes = varying([one.config for one in found])
+    axes = varying(found)
     headings = [*axes, "outcome", "n", *(heading for heading, *_ in FIGURES), "within", "across"]
     table = Table(headings, [_row(one, axes) for one in found], text_columns=len(axes) + 1)
     distribution = Table(
         ["GPU", "cells", "min", "median", "max"],
         [_distribution(gpu, ratios, runs) for gpu, ratios, runs in _by_gpu(found)],
     )
-    why = [f"{' '.join(label(one.config, axes))}: {one.outcome}: {one.reason}" for one in found if one.reason]
+    why = [f"{' '.join(label(one, axes))}: {one.outcome}: {one.reason}" for one in found if one.reason]
     text = [
         "TPOT is the median over the sessions of each one's median step time; within and across are coefficients of "
         "variation of step times in a session and of the sessions' medians. again is the same positions walked a "
@@ -53,7 +53,7 @@ def _row(one: Measured, axes: Sequence[str]) -> Row:
     spread = one.spread if one.ok else None
     spreads = [percent(spread.within), percent(spread.across)] if spread else ["", ""]
     return Row(
-        [*label(one.config, axes), one.outcome, f"{len(one.ok)}/{len(one.observations)}", *figures, *spreads],
+        [*label(one, axes), one.outcome, f"{len(one.ok)}/{len(one.observations)}", *figures, *spreads],
         one.observations,
     )
 

@@ -53,9 +53,7 @@ def judged(pairs: Sequence[Pair], experiment: ExperimentConfig) -> list[Judged]:
 
 def block(pair: Pair) -> str:
     """A block in a few words."""
-    protocol = pair.config["protocol"]
-    names = f"{pair.config['gpu']['name']}, {pair.config['model']['name']}"
-    return f"{names}, ctx {protocol['context']}, batch {protocol['batch_size']}"
+    return pair.label
 
 
 def paired(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Section]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def not_measured(found: Sequence[Measured], axes: Sequence[str]) -> list[Section]:
     """Why cells have no figures; no section where all have."""
-    rows = [Row([*label(one.config, axes), one.outcome, one.reason], one.observations) for one in found if one.reason]
+    rows = [Row([*label(one, axes), one.outcome, one.reason], one.observations) for one in found if one.reason]
     return [Section("Not measured", (), [Table([*axes, "outcome", "why"], rows, len(axes) + 2)])] if rows else []
 
 
