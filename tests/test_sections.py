@@ -19,6 +19,7 @@ from registry.report.attention import attention
 from registry.report.build import build
 from registry.report.document import Section
 from registry.report.observation import Observation, cells, pairs
+from registry.report.page import html as page
 from registry.report.prices import prices
 from registry.report.study import study
 from registry.schema import ExperimentConfig, GpuConfig
@@ -392,6 +393,9 @@ def test_no_two_rows_have_one_label(make: Make, named: Named, name: str) -> None
         one = run(make(*overrides.split()), len(found), 20.0 + len(found), experiment=name)
         one.record.measured = {"profile": ONE_PROFILE}
         found += [one, elsewhere(one, 100 + len(found), f"{len(found):016}", versions={"torch": "2.99"})]
+        if not overrides.startswith(("execution.cache", "execution=compile")):
+            kernel = make(*KERNEL, *overrides.split())
+            found.append(call(kernel, len(found), 40.0 + len(found), 1.12, experiment=name))
     sections = build(named(name), found).sections
     for section in sections:
         for table in section.tables:
@@ -401,3 +405,23 @@ def test_no_two_rows_have_one_label(make: Make, named: Named, name: str) -> None
             assert [told for told, count in labels.items() if count > 1] == [], section.title
     titles = Counter(section.title for section in sections)
     assert [title for title, count in titles.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("name", ["graphs_ab", "batch4", "matrix", "quant", "stack", "profile", "attention", "cost"])
+def test_kernels_alone_are_left_out_of_what_tells_of_steps(make: Make, named: Named, name: str) -> None:
+    """The command line may ask any experiment to measure kernels alone; its report tells of the steps that there are."""
+    kernels = [
+        call(make(*KERNEL, f"execution={execution}"), place, 40.0, 1.12, experiment=name)
+        for place, execution in enumerate(("eager", "cuda_graph"))
+    ]
+    told = build(named(name), kernels)
+    page(told)
+    if name == "cost":
+        return
+    assert any(re.fullmatch("left out of .*: 2 runs of attention kernels alone", fact) for fact in told.facts)
+    steps = arms(make, (14.0,), (11.0,))
+    told, without = build(named(name), [*steps, *kernels]), build(named(name), steps)
+    page(told)
+    for section in without.sections:
+        if section.title in ("eager against cuda_graph", "Sessions", "Cells", "Batch size", "R_floor of each GPU"):
+            assert rows(titled(told.sections, section.title)) == rows(section)

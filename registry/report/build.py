@@ -42,6 +42,8 @@ SECTIONS: dict[str, Maker] = {
     "steps": lambda runs, *_: steps(runs),
 }
 """What an experiment's `report` may name."""
+OF_STEPS = ("batches", "matrix", "pairs", "variants", "profiles", "steps")
+"""Sections on decode steps alone, which have no use for an attention kernel's calls."""
 PAGE, MARKDOWN = "report.html", "report.md"
 
 
@@ -60,10 +62,17 @@ def build(
             has now.
         prices: Dollars an hour by GPU profile, over those of the records.
     """
-    found, hourly = pairs(observations, experiment), priced(observations, prices or {})
+    steps_alone = [one for one in observations if one.record.kind == "step"]
+    found, hourly = pairs(steps_alone, experiment), priced(observations, prices or {})
     report = Report(experiment.name, experiment.question, facts(observations))
     for name in experiment.report:
-        report.sections += SECTIONS[name](observations, found, experiment, hourly)
+        if name not in OF_STEPS:
+            report.sections += SECTIONS[name](observations, found, experiment, hourly)
+        elif steps_alone:
+            report.sections += SECTIONS[name](steps_alone, found, experiment, hourly)
+    if left := len(observations) - len(steps_alone):
+        names = [name for name in experiment.report if name in OF_STEPS]
+        report.facts += [f"left out of {', '.join(names)}: {left} runs of attention kernels alone"] if names else []
     if experiment.claims:
         report.verdicts = _verdicts(experiment, found, registrations)
     return report
