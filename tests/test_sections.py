@@ -13,6 +13,7 @@ from test_report import run
 
 from registry.compose import Composer
 from registry.hardware import Device
+from registry.outcome import Outcome
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
 from registry.report.attention import attention
@@ -409,7 +410,7 @@ def test_no_two_rows_have_one_label(make: Make, named: Named, name: str) -> None
 
 @pytest.mark.parametrize("name", ["graphs_ab", "batch4", "matrix", "quant", "stack", "profile", "attention", "cost"])
 def test_kernels_alone_are_left_out_of_what_tells_of_steps(make: Make, named: Named, name: str) -> None:
-    """The command line may ask any experiment to measure kernels alone; its report tells of the steps that there are."""
+    """A call may ask any experiment to measure kernels alone; its report tells of the steps that there are."""
     kernels = [
         call(make(*KERNEL, f"execution={execution}"), place, 40.0, 1.12, experiment=name)
         for place, execution in enumerate(("eager", "cuda_graph"))
@@ -425,3 +426,63 @@ def test_kernels_alone_are_left_out_of_what_tells_of_steps(make: Make, named: Na
     for section in without.sections:
         if section.title in ("eager against cuda_graph", "Sessions", "Cells", "Batch size", "R_floor of each GPU"):
             assert rows(titled(told.sections, section.title)) == rows(section)
+
+
+# What a report says beside its figures
+
+
+def test_facts_tell_code_software_and_protocol(make: Make, named: Named) -> None:
+    one, other = run(make(), 0, 20.0), run(make("execution=cuda_graph"), 1, 20.0)
+    one.record.environment = {
+        "device": {"name": "NVIDIA H100 80GB HBM3", "driver": "580.1"},
+        "versions": {"torch": "2.13.0", "rfloor": "0.1.0", "gptqmodel": "7.6.0"},
+        "git": {"commit": "0123456789abcdef", "dirty": "true"},
+    }
+    other.record.started_at = "2026-07-03T10:00:00.000+00:00"
+    told = build(named("matrix"), [one, other]).facts
+    assert told == [
+        "device: NVIDIA H100 80GB HBM3, NVIDIA L4",
+        "driver: 580.1, 570.86.15",
+        "torch: 2.13.0",
+        "transformers: not known",
+        "rfloor: 0.1.0",
+        "gptqmodel: 7.6.0",
+        "rfloor's commit: 0123456789ab with changes that are in no commit, c0ffee",
+        "measured: 2026-07-01 to 2026-07-03",
+        "every cell: model=qwen2.5-7b gpu=h100 backend=hf quant=none attention=sdpa context=2048 batch_size=1 seed=0 "
+        "warmup_steps=5 measured_steps=30",
+    ]
+    assert "measured: 2026-07-01" in build(named("matrix"), [one]).facts
+
+
+@pytest.mark.parametrize("name", ["graphs_ab", "batch4", "matrix", "quant", "stack", "attention"])
+def test_what_was_not_measured_is_told_with_its_reason(make: Make, named: Named, name: str) -> None:
+    """A session that was lost leaves a pair with fewer sessions: the reader is told why."""
+    found = arms(make, (14.0, 15.0), (11.0, 12.0))
+    lost = {"outcome": Outcome.OOM, "reason": "takes 81 GB of 80", "metrics": {}, "step_times_ms": []}
+    found[3] = Observation(dataclasses.replace(found[3].record, **lost), "lost")
+    [row] = rows(titled(build(named(name), found).sections, "Not measured"))
+    assert (row["execution"], row["outcome"], row["why"]) == ("cuda_graph", "ok x1, oom x1", "takes 81 GB of 80")
+    assert not [one for one in build(named(name), found[:3]).sections if one.title == "Not measured"]
+
+
+@pytest.mark.parametrize("name", ["graphs_ab", "batch4", "matrix", "quant", "stack", "profile", "cost", "attention"])
+def test_a_warning_is_told_once_with_its_cells_and_runs(make: Make, named: Named, name: str) -> None:
+    found = arms(make, (14.0, 15.0), (11.0, 12.0))
+    if name == "attention":
+        found.append(call(make(*KERNEL), 9, 40.0, 1.12))
+    for one in found:
+        one.record.measured |= {"profile": ONE_PROFILE}
+        one.record.warnings = ["throttled by power"]
+    found[0].record.warnings.append("unsteady")
+    told = build(named(name), found)
+    section = titled(told.sections, "What weakens it")
+    assert [row["warning"] for row in rows(section)] == ["throttled by power", "unsteady"][
+        : len(section.tables[0].rows)
+    ]
+    traced = {one.trace for row in section.tables[0].rows for one in row.runs}
+    assert traced == set(told.numbered())
+    if name == "graphs_ab":
+        assert [row["cells"] for row in rows(section)] == ["eager; cuda_graph", "eager"]
+        assert [len(row.runs) for row in section.tables[0].rows] == [4, 1]
+    assert not [one for one in build(named(name), [run(make(), 0)]).sections if one.title == "What weakens it"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, number, percent, varying
 from registry.report.observation import AGAIN, PLAIN, cells, only, same_software
-from registry.report.pieces import bars, not_measured
+from registry.report.pieces import bars
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,10 +43,7 @@ def attention(observations: Sequence[Observation]) -> list[Section]:
         "has a static cache. GB/s are the bytes of keys, values, query and output over us/call.",
         _enabled(kernels),
     ]
-    return [
-        Section("Kernels", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(kernels)),
-        *not_measured(kernels, axes),
-    ]
+    return [Section("Kernels", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(kernels))]
 
 
 def _row(one: Measured, axes: Sequence[str], steps: Sequence[Measured]) -> Row:

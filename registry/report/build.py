@@ -13,6 +13,7 @@ from registry.report.matrix import matrix
 from registry.report.observation import pairs
 from registry.report.page import html
 from registry.report.paired import judged, paired
+from registry.report.pieces import not_measured, weakened
 from registry.report.prices import prices as priced
 from registry.report.profiles import profiles
 from registry.report.steps import steps
@@ -70,6 +71,9 @@ def build(
             report.sections += SECTIONS[name](observations, found, experiment, hourly)
         elif steps_alone:
             report.sections += SECTIONS[name](steps_alone, found, experiment, hourly)
+    if experiment.cells:  # one without cells of its own tells of all that was ever run
+        report.sections += not_measured(observations)
+    report.sections += weakened([one for _, one in report.numbered().values()])
     if left := len(observations) - len(steps_alone):
         names = [name for name in experiment.report if name in OF_STEPS]
         report.facts += [f"left out of {', '.join(names)}: {left} runs of attention kernels alone"] if names else []

@@ -35,12 +35,10 @@ def matrix(observations: Sequence[Observation]) -> list[Section]:
         ["GPU", "cells", "min", "median", "max"],
         [_distribution(gpu, ratios, runs) for gpu, ratios, runs in _by_gpu(found)],
     )
-    why = [f"{' '.join(label(one, axes))}: {one.outcome}: {one.reason}" for one in found if one.reason]
     text = [
         "TPOT is the median over the sessions of each one's median step time; within and across are coefficients of "
         "variation of step times in a session and of the sessions' medians. again is the same positions walked a "
         "second time.",
-        *why,
     ]
     return [
         Section("Cells", text, [table], lambda: _heat(found)),

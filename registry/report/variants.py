@@ -9,7 +9,7 @@ from registry.report.cost import dollars
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import AGAIN, PLAIN, TPOT, apart_from, cells, only, same_software
-from registry.report.pieces import bars, not_measured
+from registry.report.pieces import bars
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,7 +51,6 @@ def variants(observations: Sequence[Observation], prices: Mapping[str, float]) -
     )
     return [
         Section("Cells", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(found, axes)),
-        *not_measured(found, axes),
         Section("Kernels", ("Seen by torch.profiler in a step of its own after the timing.",), [kernels]),
     ]
 
