@@ -428,6 +428,25 @@ def test_kernels_alone_are_left_out_of_what_tells_of_steps(make: Make, named: Na
             assert rows(titled(told.sections, section.title)) == rows(section)
 
 
+def test_a_session_is_called_by_its_own_number(make: Make, named: Named) -> None:
+    """Of sessions 0, 1 and 2 the first lost an arm: 1 and 2 are left, and are not 0 and 1."""
+    found = arms(make, (14.0, 15.0, 16.0), (11.0, 12.0, 10.0))[1:]
+    told = rows(titled(build(named("graphs_ab"), found).sections, "Sessions"))
+    assert [(row["session"], row["eager ms"], row["cuda_graph ms"], row["speedup"]) for row in told] == [
+        ("1", "15.000", "12.000", "1.2500"),
+        ("2", "16.000", "10.000", "1.6000"),
+    ]
+    more = arms(make, (20.0,), (10.0,))
+    for one in more:
+        one.record.sweep_id = "later"
+    told = rows(titled(build(named("graphs_ab"), [*found, *more]).sections, "Sessions"))
+    assert [(row["sweep"], row["session"]) for row in told] == [
+        ("20260701-101010-abcd", "1"),
+        ("20260701-101010-abcd", "2"),
+        ("later", "0"),
+    ]
+
+
 # What a report says beside its figures
 
 
