@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from registry.report.document import Row, Section, Table
-from registry.report.labels import label, named, number, varying
+from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import TPOT, apart_from, cells, only, same_software
 
 if TYPE_CHECKING:
@@ -23,10 +23,12 @@ def batches(observations: Sequence[Observation]) -> list[Section]:
     found = sorted((one for one in cells(observations) if one.ok), key=_place)
     axes = [axis for axis in varying(found) if axis not in SHOWN] if found else []
     rows = [_row(one, alone, axes) for one in found if (alone := _alone(one, found))]
-    headings = ["GPU", "model", "execution", *axes, "context", "batch", "TPOT ms", "latency", "tok/s", "throughput"]
+    headings = ["GPU", "model", "execution", *axes, "context", "batch", "TPOT ms", "within", "across"]
+    headings += ["latency", "tok/s", "throughput"]
     text = [
         "latency and throughput are ratios to the one cell of batch 1 with the same configuration otherwise, device "
-        "and software; tokens a second are batch / median step time.",
+        "and software; tokens a second are batch / median step time. within and across are coefficients of "
+        "variation of the steps in a session and of the sessions' medians.",
     ]
     if left := [one for one in found if not _alone(one, found)]:
         text.append(f"Without one cell of batch 1 to be set against: {len(left)} cells.")
@@ -60,7 +62,14 @@ def _place(one: Measured) -> tuple[str, str, str, int, str, int]:
 def _row(one: Measured, alone: Measured, axes: Sequence[str]) -> Row:
     c, batch = one.config, _batch(one)
     step, first = one.median(TPOT) or 0.0, alone.median(TPOT) or 0.0
-    figures = [number(step, 2), f"x{step / first:.2f}", number(batch / step * 1e3, 1), f"x{batch * first / step:.2f}"]
+    figures = [
+        number(step, 2),
+        percent(one.spread.within),
+        percent(one.spread.across),
+        f"x{step / first:.2f}",
+        number(batch / step * 1e3, 1),
+        f"x{batch * first / step:.2f}",
+    ]
     names = [c["gpu"]["name"], c["model"]["name"], c["execution"]["name"], *label(one, axes)]
     names += [str(c["protocol"]["context"]), str(batch)]
     return Row([*names, *figures, number(one.median("decode_peak_memory_gb"), 2)], [*one.ok, *alone.ok])

@@ -111,8 +111,8 @@ class Measured:
 
     @property
     def spread(self) -> stats.Spread:
-        """Of the step times, within and across the sessions that have some."""
-        return stats.spread([o.record.step_times_ms for o in self.ok])
+        """Of what was timed, steps or a kernel's calls, within and across the sessions that have some."""
+        return stats.spread([o.record.step_times_ms or o.record.call_times_us for o in self.ok])
 
 
 @dataclass(frozen=True)
