@@ -14,6 +14,7 @@ from rich.table import Table
 
 from registry import floor, stats
 from registry.outcome import Outcome
+from registry.repeats import by_cell
 from registry.schema import GROUPS
 
 if TYPE_CHECKING:
@@ -149,14 +150,8 @@ def results(records: Sequence[Record], width: int) -> Table:
 
 
 def _by_cell(records: Sequence[Record]) -> list[list[Record]]:
-    """The sessions of each cell; one that was asked for twice is two, in each session."""
-    groups: dict[tuple[str, int], list[Record]] = {}
-    met: Counter[tuple[str, int]] = Counter()
-    for record in records:
-        place = record.cell_id, record.session
-        groups.setdefault((record.cell_id, met[place]), []).append(record)
-        met[place] += 1
-    found = [*groups.values()]
+    """The sessions of each cell."""
+    found = [*by_cell(records, lambda record: record).values()]
     return sorted(found, key=lambda sessions: place_of(sessions[0].config)) if len(found) < len(records) else found
 
 

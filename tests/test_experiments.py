@@ -82,6 +82,32 @@ def test_how_many_cells(composer: Composer, name: str, cells: int) -> None:
     assert len(jobs(composer, f"experiment={name}")) == cells
 
 
+def test_the_kill_thresholds_are_the_study_s(composer: Composer) -> None:
+    """Fixed beforehand there: below 1.15 on the H100, above 1.15 on the L4 (arXiv 2605.30571, section 5)."""
+    claims = composer.cell(["experiment=graphs_ab"]).experiment.claims
+    assert [(one.killed_if, one.speedup, one.above_gbs, one.below_gbs) for one in claims] == [
+        ("below", 1.15, 2000, None),
+        ("above", 1.15, None, 1000),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("paper", (2048, 1, 5, 30, 0)), ("attention", (2048, 1, 50, 300, 0)), ("quick", (512, 1, 5, 30, 0))],
+)
+def test_the_protocols_numbers(composer: Composer, name: str, numbers: tuple[int, ...]) -> None:
+    p = composer.cell([f"protocol={name}"]).protocol
+    assert (p.context, p.batch_size, p.warmup_steps, p.measured_steps, p.seed) == numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "sessions"), [("graphs_ab", 10), ("attention", 3), ("quant", 3), ("matrix", 1), ("batch4", 1)]
+)
+def test_how_often_an_experiment_s_cells_are_measured(composer: Composer, name: str, sessions: int) -> None:
+    found = {composer.cell(job).protocol.sessions for job in jobs(composer, f"experiment={name}")[::7]}
+    assert found == {sessions}
+
+
 # The command line
 
 

@@ -70,10 +70,7 @@ def cost(observations: Sequence[Observation], prices: Mapping[str, float]) -> li
         prices: Dollars an hour by GPU profile.
     """
     priced, best = _priced(observations, prices), ladders(observations, prices)
-    axes = [
-        axis for axis in varying([one.config for one in priced]) if axis not in ("model", "context", "batch_size")
-    ]
-    axes = [axis for axis in axes if axis not in ("gpu", "cache", "seed")]
+    axes = [axis for axis in varying(priced) if axis not in ("model", "context", "batch_size", "gpu")]
     headings = ["model", "context", "batch", "GPU", *axes, "$/h", "TPOT ms", "$/Mtok", "times the cheapest"]
     rows = [row for workload, ladder in sorted(best.items()) for row in _rows(workload, ladder, axes)]
     unpriced = sorted(
@@ -108,7 +105,7 @@ def _rows(workload: Workload, ladder: Mapping[str, Rung], axes: Sequence[str]) -
     return [
         Row(
             [
-                *(model, str(context), str(batch), gpu, *label(rung.cell.config, axes)),
+                *(model, str(context), str(batch), gpu, *label(rung.cell, axes)),
                 *(number(rung.price, 2), number(rung.cell.median(TPOT), 2)),
                 *(number(rung.dollars, 2), f"{rung.dollars / least:.2f}"),
             ],

@@ -53,9 +53,7 @@ def judged(pairs: Sequence[Pair], experiment: ExperimentConfig, only: ClaimConfi
 
 def block(pair: Pair) -> str:
     """A block in a few words."""
-    protocol = pair.config["protocol"]
-    names = f"{pair.config['gpu']['name']}, {pair.config['model']['name']}"
-    return f"{names}, ctx {protocol['context']}, batch {protocol['batch_size']}"
+    return pair.label
 
 
 def paired(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Section]:
@@ -66,9 +64,11 @@ def paired(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Section]
          "speedup", "t 95 %", "bootstrap 95 %", "across"],
         [_summary(pair) for pair in found],
     )  # fmt: skip
+    pooled = len({run.record.sweep_id for pair in found for run in pair.baseline.ok}) > 1
     sessions = Table(
-        ["block", "session", f"{one} ms", f"{other} ms", "speedup"],
-        [row for pair in found for row in _sessions(pair)],
+        ["block", *(["sweep"] if pooled else []), "session", f"{one} ms", f"{other} ms", "speedup"],
+        [row for pair in found for row in _sessions(pair, pooled)],
+        text_columns=3 if pooled else 2,
     )
     text = [
         f"A session measures both arms back to back in fresh processes, in random order. Milliseconds are means over "
@@ -99,12 +99,14 @@ def _interval(interval: stats.Interval | None) -> str:
     return "no interval" if interval is None else f"[{interval.low:.4f}, {interval.high:.4f}]"
 
 
-def _sessions(pair: Pair) -> list[Row]:
+def _sessions(pair: Pair, pooled: bool) -> list[Row]:
+    """A row a session, under the number that its records bear."""
     rows = []
     for index, (one, other) in enumerate(zip(pair.baseline.ok, pair.candidate.ok, strict=True)):
         times = one.record.metrics[TPOT], other.record.metrics[TPOT]
         ratio = pair.comparison.ratios[index]
-        cells = [block(pair), str(index), *(number(time, 3) for time in times), number(ratio, 4)]
+        session = [*([one.record.sweep_id] if pooled else []), str(one.record.session)]
+        cells = [block(pair), *session, *(number(time, 3) for time in times), number(ratio, 4)]
         rows.append(Row(cells, [one, other]))
     return rows
 
@@ -118,9 +120,11 @@ def _plots(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Any]:
         arms = [(experiment.baseline, pair.baseline), (experiment.candidate, pair.candidate)]
         figure = make_subplots(1, 2, subplot_titles=("step time of each session, ms", "speedup of each session"))
         times = [arm.values(TPOT) for _, arm in arms]
-        for index, (one, other) in enumerate(zip(*times, strict=True)):
+        for run, one, other in zip(pair.baseline.ok, *times, strict=True):
             line = {"x": [name for name, _ in arms], "y": [one, other], "mode": "lines+markers"}
-            figure.add_trace(go.Scatter(line, name=f"session {index}", line={"color": "#3465a4", "width": 1}), 1, 1)
+            figure.add_trace(
+                go.Scatter(line, name=f"session {run.record.session}", line={"color": "#3465a4", "width": 1}), 1, 1
+            )
         ratios = pair.comparison.ratios
         figure.add_trace(
             go.Scatter(x=[*range(len(ratios))], y=ratios, mode="markers", marker={"color": "#3465a4"}), 1, 2

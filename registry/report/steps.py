@@ -32,10 +32,10 @@ def _strips(observations: Sequence[Observation]) -> list[Any]:
     from plotly import graph_objects as go
 
     found = cells([one for one in observations if one.record.step_times_ms])
-    axes = varying([one.config for one in found])
+    axes = varying(found)
     figure = go.Figure()
     for one in found:
-        name = named(one.config, axes)
+        name = named(one, axes)
         times = [(time, run) for run in one.ok for time in run.record.step_times_ms]
         figure.add_trace(
             go.Box(

@@ -139,8 +139,8 @@ def _ours(
     if not values:
         return Ours()
     if len({_choice(one.config, figure) for one in found}) < len(found):
-        axes = varying([one.config for one in found])
-        return Ours(several=[named(one.config, axes) for one in found])
+        axes = varying(found)
+        return Ours(several=[named(one, axes) for one in found])
     value = OVER[figure.over](values) if figure.over else values[0]
     return Ours(value, [run for one in found for run in one.ok], cells=len(found))
 
