@@ -605,6 +605,29 @@ def test_a_speedup_is_over_the_plain_cell_that_differs_in_nothing_else(make: Mak
     assert told == {"5.00": "1.00", "16.00": ""}
 
 
+@pytest.mark.parametrize(
+    ("changes", "speedup"),
+    [
+        ({"backend": "autoawq", "versions": {"torch": "2.13.0", "transformers": "4.51.3"}}, "1.25"),
+        ({"backend": "autoawq", "versions": {"torch": "2.99", "transformers": "4.51.3"}}, ""),
+        ({"versions": {"torch": "2.13.0", "transformers": "4.51.3"}}, ""),
+    ],
+)
+def test_a_backend_with_packages_of_its_own_is_set_against_the_plain_step_of_its_torch(
+    make: Make, named: Named, changes: dict[str, Any], speedup: str
+) -> None:
+    plain, other = run(make(), 0, 20.0), run(make("quant=nf4"), 1, 16.0)
+    for one, versions in ((plain, {"torch": "2.13.0", "transformers": "5.17.0"}), (other, changes["versions"])):
+        one.record.environment = one.record.environment | {"versions": versions}
+    if backend := changes.get("backend"):
+        other.record.config["backend"] = other.record.config["backend"] | {"name": backend}
+    told = {
+        row["TPOT ms"]: row["speedup"]
+        for row in rows(titled(build(named("quant"), [plain, other]).sections, "Cells"))
+    }
+    assert told["16.00"] == speedup
+
+
 def test_profiles_table(make: Make, named: Named) -> None:
     """A step of 0.05 ms in which the device was busy for 45 us and profiled for 100: twice as long."""
     one = run(make(), 0, 0.05)

@@ -219,14 +219,20 @@ def apart_from(one: Measured, *dropped: str) -> str:
 
 
 def same_software(one: Measured, other: Measured) -> bool:
-    """Whether two cells ran on the same device, driver and versions of the packages that both need."""
+    """Whether two cells ran on the same device, driver and versions of the packages that both need.
+
+    Of two backends, one of which may live in an environment of its own, it is torch that both need.
+    """
     mine, theirs = (cell.observations[0].record.environment for cell in (one, other))
     versions, others = mine.get("versions", {}), theirs.get("versions", {})
     drivers = [environment.get("device", {}).get("driver") for environment in (mine, theirs)]
+    shared = versions.keys() & others.keys()
+    if one.config["backend"]["name"] != other.config["backend"]["name"]:
+        shared &= {"torch"}
     return (
         one.device == other.device
         and drivers[0] == drivers[1]
-        and all(versions[name] == others[name] for name in versions.keys() & others.keys())
+        and all(versions[name] == others[name] for name in shared)
     )
 
 
