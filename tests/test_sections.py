@@ -284,6 +284,13 @@ def test_attention_s_table(make: Make) -> None:
     assert (row["within"], row["us/call"], row["across"]) == ("10.00% of 32-call means", "4.00", "")
 
 
+def test_a_picture_of_kernels_has_a_bar_for_each(make: Make) -> None:
+    found = [call(make(*KERNEL, f"context={context}"), context // 2048, 40.0, 1.12) for context in (2048, 4096)]
+    section = attention(found)[0]
+    [figure] = section.figures() if section.figures else []
+    assert [list(bar.y) for bar in figure.data] == [["sdpa context=2048", "sdpa context=4096"], []]
+
+
 @pytest.mark.parametrize(
     "other", ["attention=sdpa-math", "quant=nf4", "backend=exllamav2", "execution.cache=static", "context=4096"]
 )
