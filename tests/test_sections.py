@@ -22,6 +22,7 @@ from registry.report.build import build
 from registry.report.document import Section
 from registry.report.observation import Observation, cells, pairs
 from registry.report.page import html as page
+from registry.report.paired import judged
 from registry.report.prices import prices
 from registry.report.study import study
 from registry.schema import ExperimentConfig, GpuConfig
@@ -302,6 +303,13 @@ def test_a_share_is_of_the_plain_step_with_the_same_cache_and_of_no_other(make: 
 def test_of_two_plain_steps_there_is_no_share(make: Make) -> None:
     steps = [run(make(f"protocol.seed={seed}"), seed, 16.8) for seed in (1, 2)]
     assert [row["share of step"] for row in rows(attention([call(make(*KERNEL), 0, 40.0, 1.12), *steps])[0])] == [""]
+
+
+@pytest.mark.parametrize("other", ["model=mistral-7b-v0.3", "context=4096", "protocol.batch_size=2", "quant=nf4"])
+def test_a_claim_is_of_the_study_s_cell(make: Make, named: Named, other: str) -> None:
+    experiment = named("graphs_ab")
+    made = [judged(pairs(arms(make, (14.0,), (11.0,), *more), experiment), experiment) for more in ((), (other,))]
+    assert [len(one) for one in made] == [1, 0]
 
 
 # What one cell is, and what it is called
