@@ -666,7 +666,7 @@ def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPat
         return Told()
 
     told: Any = Told()
-    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([cell], [sweep.Job([], cell, 0)]))
+    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([cell], [sweep.Job([], cell, 0)], "20260701-101010-abcd", 0))
     monkeypatch.setattr(sweep, "_running", sweep.Running(told, told))
     monkeypatch.setattr(sweep, "_planner", lambda: pytest.fail("planned again"))
     monkeypatch.setattr("registry.run.run_cell", run_cell)
@@ -682,7 +682,7 @@ def test_what_fails_outside_every_cell_ends_the_call_with_1(monkeypatch: pytest.
     def fail(*_: Any) -> int:
         raise OSError("no space left")
 
-    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([], []))
+    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([], [], "20260701-101010-abcd", 0))
     monkeypatch.setattr(sweep, "run", fail)
     with pytest.raises(SystemExit) as caught:
         sweep.SweepCallback().on_multirun_start(OmegaConf.create())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from registry.report.document import Row, Section, Table
-from registry.report.labels import label, number, percent, varying
+from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import AGAIN, PLAIN, cells, only, same_software
 from registry.report.pieces import bars
 
@@ -56,7 +56,7 @@ def attention(observations: Sequence[Observation]) -> list[Section]:
         "a static cache.",
         _enabled(kernels),
     ]
-    return [Section("Kernels", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(kernels))]
+    return [Section("Kernels", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(kernels, axes))]
 
 
 def _row(one: Measured, axes: Sequence[str], steps: Sequence[Measured]) -> Row:
@@ -97,18 +97,19 @@ def _enabled(kernels: Sequence[Measured]) -> str:
     return f"What scaled_dot_product_attention may choose from: {told}{differ}." if flags else ""
 
 
-def _bars(kernels: Sequence[Measured]) -> list[Any]:
+def _bars(kernels: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
     from plotly import graph_objects as go
 
     figures = []
+    told = ["attention", *(axis for axis in axes if axis not in ("attention", "model", "execution"))]
     for model in dict.fromkeys(one.config["model"]["name"] for one in kernels):
         figure = go.Figure()
         own = [one for one in kernels if one.config["model"]["name"] == model and one.ok]
         for launch, color in (("eager", "#a8c0e0"), ("cuda_graph", "#3465a4")):
             shown = [one for one in own if one.config["execution"]["name"] == launch]
-            names = [one.config["attention"]["name"] for one in shown]
+            names = [named(one, told) for one in shown]
             figure.add_trace(bars(shown, names, CALL, launch, color))
-        kinds = {one.config["attention"]["name"] for one in own}
+        kinds = {named(one, told) for one in own}
         figure.update_layout(
             title=f"one call at the shape of {model}: median, least and greatest session",
             xaxis={"title": "us, logarithmic", "type": "log"},

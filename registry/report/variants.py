@@ -46,8 +46,9 @@ def variants(observations: Sequence[Observation], prices: Mapping[str, float]) -
     text = (
         "TPOT is the median over the sessions of each one's median step time, range their least and greatest; the "
         "speedup is that of the median over the one plain cell of the same model, protocol and execution "
-        f"({', '.join(f'{axis}={name}' for axis, name in PLAIN.items())}). again walks the "
-        "same positions a second time: what it is faster by was paid once a cache length.",
+        f"({', '.join(f'{axis}={name}' for axis, name in PLAIN.items())}); a runtime with an environment of its own "
+        "is set against that of rfloor's on the same torch. again walks the same positions a second time: what it is "
+        "faster by was paid once a cache length.",
     )
     return [
         Section("Cells", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(found, axes)),
