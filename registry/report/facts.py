@@ -39,7 +39,11 @@ def facts(observations: Sequence[Observation]) -> list[str]:
 def _commit(git: Mapping[str, str]) -> str:
     """The commit, and whether the code was not as it stands there."""
     commit = git.get("commit", "")[:12]
-    return f"{commit} with changes that are in no commit" if commit and git.get("dirty") == "true" else commit
+    return (
+        f"{commit} with changes that are in no commit"
+        if commit and str(git.get("dirty")).lower() == "true"
+        else commit
+    )
 
 
 def _all(values: Iterable[str]) -> str:
