@@ -12,11 +12,12 @@ from registry.architecture import Architecture
 from registry.archive import records_in
 from registry.checkpoint import CheckpointFormat
 from registry.compose import Composer
-from registry.display import console, tell_report
+from registry.display import console
 from registry.export import export
 from registry.outcome import BadInput, Refused, nearest
 from registry.plan import plugin_options
 from registry.plugins import Catalog
+from registry.report.terminal import tell_report
 from registry.synthesis import write_checkpoint
 from registry.tracking import TrackingDown, import_records
 from registry.validate import redact, validate

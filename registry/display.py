@@ -19,11 +19,9 @@ from registry.schema import GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from registry.plan import Cell
     from registry.record import Record
-    from registry.report.document import Report
 
 AXES = tuple(group for group in GROUPS if group not in ("protocol", "experiment", "tracking"))
 PLAIN = ("auto", "hf", "none", "sdpa", "eager")
@@ -187,28 +185,6 @@ def notes(records: Sequence[Record]) -> list[str]:
             for warning in record.warnings:
                 rows.setdefault(f"warning: {warning}", {})[row] = None
     return [f"{_numbers([*found])} {text}" for text, found in rows.items()]
-
-
-def tell_report(report: Report, files: Sequence[Path]) -> None:
-    """Print an experiment's first table, its verdicts and where the rest of it lies."""
-    out = console()
-    for table in report.sections[0].tables if report.sections else ():
-        shown = Table(
-            title=escape(report.question),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-        )
-        for place, heading in enumerate(table.headings):
-            shown.add_column(heading, justify="left" if place < table.text_columns else "right", overflow="fold")
-        for row in table.rows:
-            shown.add_row(*(escape(cell) for cell in row.cells))
-        out.print(shown)
-    for verdict in report.verdict_lines:
-        out.print(verdict, highlight=False, markup=False)
-    told = " and ".join(str(file) for file in files)
-    out.print(f"The report of {report.title}: {told}", highlight=False, markup=False, soft_wrap=True)
 
 
 def plan_table(cells: Sequence[Cell]) -> Table:

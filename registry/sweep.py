@@ -184,12 +184,13 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
             cells.append(planner.plan(composer.cell(job_overrides)))
         except BadInput as error:
             problems.setdefault(str(error), " ".join(job_overrides))
-    for what, values in {
-        "tracking": [str(cell.config.tracking) for cell in cells],
-        "number of sessions": [str(cell.config.protocol.sessions) for cell in cells],
-    }.items():
+    for what, values, way in (
+        ("tracking", [str(cell.config.tracking) for cell in cells], "tracking is no axis"),
+        ("number of sessions", [cell.config.protocol.sessions for cell in cells], "give protocol.sessions=N"),
+    ):
         if len(set(values)) > 1:
-            problems.setdefault(f"a sweep has one {what} for all of its cells", " ".join(args.overrides))
+            told = f"a sweep has one {what} for all of its cells: {way}, or run them one after the other"
+            problems.setdefault(told, " ".join(args.overrides))
     if problems:
         many = len(jobs) > 1
         raise BadInput("\n        ".join(f"{p} (in: {where})" if many else p for p, where in problems.items()))
@@ -240,9 +241,10 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
 
     from registry import record as records
     from registry.call import Call
-    from registry.display import Reporter, tell_report
+    from registry.display import Reporter
     from registry.experiment_runs import close_runs, open_runs
     from registry.registration import register
+    from registry.report.terminal import tell_report
 
     global _running
     hydra = GlobalHydra.instance().hydra

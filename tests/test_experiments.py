@@ -16,6 +16,7 @@ from registry import registration
 from registry.compose import Composer
 from registry.display import plan_notes
 from registry.experiments import applies, blocks, matches
+from registry.hardware import cpu_device
 from registry.outcome import BadInput
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
@@ -194,6 +195,19 @@ def test_a_dry_run_lists_the_cells_as_typed_and_how_often_they_are_measured(
     assert plan_notes(cells)[-1] == "Each cell is measured in 10 sessions"
     _, cells = planned(composer, profiles, "experiment=matrix")
     assert not any("sessions" in note for note in plan_notes(cells))
+
+
+def test_no_cell_is_told_to_leave_out_an_arm_that_its_experiment_compares(
+    composer: Composer, profiles: dict[str, GpuConfig]
+) -> None:
+    planner = Planner(composer.catalog, profiles, cpu_device())
+    small = ("model=tiny", "context=2048", "gpu=cpu")
+    cells = {
+        name: [planner.plan(composer.cell(job)) for job in jobs(composer, f"experiment={name}", *small)]
+        for name in ("graphs_ab", "profile")
+    }
+    remedies = {name: {one.refusal.remedy for one in found if one.refusal} for name, found in cells.items()}
+    assert remedies == {"graphs_ab": {""}, "profile": {"Use execution=eager"}}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from test_record import made_up_record
 
 from registry import registration
 from registry.compose import Composer
-from registry.display import tell_report
 from registry.export import export
 from registry.outcome import Outcome
 from registry.plan import Cell
@@ -27,6 +26,7 @@ from registry.report.document import Report, Row, Section, Table, markdown
 from registry.report.observation import Observation, cells, pairs
 from registry.report.page import html as page
 from registry.report.paired import judged
+from registry.report.terminal import tell_report
 from registry.schema import ExperimentConfig, what_is_measured
 
 EAGER = (14.0, 15.0, 14.5)
@@ -225,7 +225,7 @@ def test_runs_that_were_not_registered_before_they_began_decide_nothing(
 ) -> None:
     told = verdicts(sessions, experiment, fixed(experiment, sessions, **change))
     assert told[0].startswith("no verdict")
-    assert re.search(r"\d runs of the sweep are left out: they are not what was registered", told[1])
+    assert re.search(r"left out of the sweep: \d runs? not of what was registered", told[1])
 
 
 def test_runs_measured_under_another_registration_decide_nothing(
@@ -235,7 +235,7 @@ def test_runs_measured_under_another_registration_decide_nothing(
     then = under(fixed(with_threshold(experiment, 9.0), sessions), sessions)
     told = build(experiment, then, [fixed(experiment, sessions)]).verdict_lines
     assert told[0].startswith("no verdict")
-    assert "6 runs of the sweep are left out" in told[1]
+    assert "left out of the sweep: 6 runs" in told[1]
 
 
 def test_there_is_no_verdict_before_the_last_session(
@@ -354,13 +354,41 @@ def test_a_machine_without_plotly_writes_the_tables(
 def test_a_terminal_of_any_width_is_told_every_figure(
     sessions: list[Observation], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.display.console", lambda: Console(width=60))
+    monkeypatch.setattr("registry.report.terminal.console", lambda: Console(width=60))
     told = [f"{number}.25-{number}.75" for number in range(100, 112)]
     table = Table(["quant", *["range"] * len(told)], [Row(["gptq-exllamav2", *told])])
-    tell_report(Report("wide", "", sections=[Section("Cells", tables=[table])]), [])
+    tell_report(Report("wide", "", sections=[Section("Cells", tables=[table], on_terminal=True)]), [])
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert all(Counter(shown)[digit] >= Counter("".join(told))[digit] for digit in "0123456789")
+
+
+def test_a_narrow_window_goes_without_the_columns_that_can_be_spared(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = Table(["quant", "TPOT ms", "within", "across"], [Row(["nf4", "7.73", "0.11%", "0.22%"])], 1, ("within",))
+    report = Report("matrix", "How far?", sections=[Section("Cells", (), [table], on_terminal=True)])
+
+    def told(width: int) -> str:
+        monkeypatch.setattr("registry.report.terminal.console", lambda: Console(width=width))
+        tell_report(report, [])
+        return capsys.readouterr().out
+
+    assert re.search(r"nf4 +7.73 +0.11% +0.22%", told(80))
+    assert re.search(r"nf4 +7.73 +0.22%", narrow := told(28))
+    assert "Left out for want of room: within" in narrow
+    assert "Left out" not in told(80)
+
+
+def test_a_terminal_shows_what_a_report_is_about(
+    sessions: list[Observation], composer: Composer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """batch4 asks two things: both tables are there, and the sessions one by one are not."""
+    tell_report(build(composer.cell(["experiment=batch4"]).experiment, sessions), [])
+    shown = capsys.readouterr().out
+    assert "eager against cuda_graph" in shown
+    assert "Batch size" in shown
+    assert "Sessions" not in shown
 
 
 def test_a_page_shows_what_it_is_given_as_text(sessions: list[Observation]) -> None:

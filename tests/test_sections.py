@@ -285,11 +285,11 @@ def test_attention_s_table(make: Make) -> None:
     assert (row["within"], row["us/call"], row["across"]) == ("10.00% of 32-call means", "4.00", "")
 
 
-def test_a_picture_of_kernels_has_a_bar_for_each(make: Make) -> None:
+def test_a_picture_of_kernels_has_a_point_for_each(make: Make) -> None:
     found = [call(make(*KERNEL, f"context={context}"), context // 2048, 40.0, 1.12) for context in (2048, 4096)]
     section = attention(found)[0]
     [figure] = section.figures() if section.figures else []
-    assert [list(bar.y) for bar in figure.data] == [["sdpa context=2048", "sdpa context=4096"], []]
+    assert [list(points.y) for points in figure.data] == [["sdpa context=2048", "sdpa context=4096"], []]
 
 
 @pytest.mark.parametrize(
@@ -693,6 +693,39 @@ def test_pairs_table(make: Make, named: Named) -> None:
     assert (row["eager ms"], row["cuda_graph ms"], row["difference ms"]) == ("13.000", "10.000", "3.000")
     assert (row["speedup"], row["across"]) == ("1.3000", "13.32%")
     assert (row["t 95 %"], row["bootstrap 95 %"]) == ("[0.8697, 1.7303]", "[1.2000, 1.5000]")
+
+
+def test_a_picture_of_pairs_has_each_session_and_the_thresholds_of_its_own_block(make: Make, named: Named) -> None:
+    """The study's rule is of ctx 2048 on a GPU above 2 TB/s: at 8192 there is nothing to be killed by."""
+    found = [*arms(make, (12.0, 15.0), (10.0, 10.0))[2:], *arms(make, (12.0, 15.0), (10.0, 10.0), "context=8192")]
+    section = titled(build(named("graphs_ab"), found).sections, "eager against")
+    short, long = section.figures() if section.figures else []
+    assert [list(trace.y) for trace in short.data] == [[15.0, 10.0], [1.5]]
+    assert list(short.layout.xaxis2.ticktext) == ["1"]
+    assert [list(trace.y) for trace in long.data] == [[12.0, 10.0], [15.0, 10.0], [1.2, 1.5]]
+    assert [(line.y0, line.line.color) for line in short.layout.shapes] == [(1.5, "#3465a4"), (1.15, "#cc0000")]
+    assert [note.text for note in short.layout.annotations][2:] == ["killed below 1.15"]
+    assert 1.15 not in [line.y0 for line in long.layout.shapes]
+
+
+def test_the_steps_of_each_run_have_their_quantiles(make: Make, named: Named) -> None:
+    one, lost = (
+        run(make(), 0, 30.0),
+        run(make(), 1, 1.0, session=1, outcome=Outcome.OOM, metrics={}, step_times_ms=[]),
+    )
+    one.record.step_times_ms = [float(time) for time in range(20, 41)]
+    told = rows(titled(build(named("matrix"), [one, lost]).sections, "Step times"))
+    assert [[*row.values()][1:] for row in told] == [["0", "21", "20.000", "22.000", "30.000", "38.000", "40.000"]]
+
+
+def test_one_gpu_is_no_ladder_and_gets_no_picture(make: Make, named: Named) -> None:
+    def drawn(found: Sequence[Observation]) -> list[list[float]]:
+        section = titled(build(named("cost"), found, prices={"h100": 36.0, "l4": 3.6}).sections, "$/Mtok")
+        return [list(figure.data[0].x) for figure in (section.figures() if section.figures else [])]
+
+    alone = run(make(), 0, 10.0)
+    assert drawn([alone]) == []
+    assert drawn([alone, run(make(gpu="l4"), 1, 50.0)]) == [pytest.approx([50.0, 100.0])]
 
 
 def test_a_median_is_no_mean(make: Make) -> None:

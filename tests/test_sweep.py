@@ -95,6 +95,7 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
         (["model=tiny,qwen2.5-0.5b"], "add -m: python runner.py -m model=tiny,qwen2.5-0.5b"),
         (["-m", "model=qwen2.5-0.5b,tiny", "context=512,5000"], "(in: model=tiny context=5000)"),
         (["-m", "tracking.experiment=a,b"], "one tracking for all of its cells"),
+        (["-m", "experiment=matrix,quant"], "one number of sessions for all of its cells: give protocol.sessions=N"),
         (["model._target_=os.system"], "_target_"),
         (["hydra.callbacks=null"], "hydra.callbacks=null: of Hydra's own keys a call may set"),
         (["--config-dir", "/tmp"], "--config-dir"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import AGAIN, PLAIN, cells, only, same_software
-from registry.report.pieces import bars
+from registry.report.pieces import points
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from registry.report.observation import Measured, Observation
 
 KIND = "attention"
+SPARE = ("MB/call", "cosine", "events us/call", "across", "within", "n")
 CALL = "median_call_us"
 TOTAL = "layers_total_ms"
 
@@ -56,7 +57,9 @@ def attention(observations: Sequence[Observation]) -> list[Section]:
         "a static cache.",
         _enabled(kernels),
     ]
-    return [Section("Kernels", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(kernels, axes))]
+    return [
+        Section("Kernels", text, [Table(headings, rows, len(axes) + 1, SPARE)], lambda: _calls(kernels, axes), True)
+    ]
 
 
 def _row(one: Measured, axes: Sequence[str], steps: Sequence[Measured]) -> Row:
@@ -97,7 +100,7 @@ def _enabled(kernels: Sequence[Measured]) -> str:
     return f"What scaled_dot_product_attention may choose from: {told}{differ}." if flags else ""
 
 
-def _bars(kernels: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
+def _calls(kernels: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
     from plotly import graph_objects as go
 
     figures = []
@@ -108,13 +111,12 @@ def _bars(kernels: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
         for launch, color in (("eager", "#a8c0e0"), ("cuda_graph", "#3465a4")):
             shown = [one for one in own if one.config["execution"]["name"] == launch]
             names = [named(one, told) for one in shown]
-            figure.add_trace(bars(shown, names, CALL, launch, color))
+            figure.add_trace(points(shown, names, CALL, launch, color))
         kinds = {named(one, told) for one in own}
         figure.update_layout(
             title=f"one call at the shape of {model}: median, least and greatest session",
             xaxis={"title": "us, logarithmic", "type": "log"},
-            barmode="group",
-            height=160 + 50 * len(kinds),
+            height=180 + 34 * len(kinds),
         )
         figure.update_yaxes(autorange="reversed", automargin=True)
         figures.append(figure)

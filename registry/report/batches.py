@@ -32,8 +32,8 @@ def batches(observations: Sequence[Observation]) -> list[Section]:
     ]
     if left := [one for one in found if not _alone(one, found)]:
         text.append(f"Without one cell of batch 1 to be set against: {len(left)} cells.")
-    table = Table([*headings, "decode peak GB"], rows, text_columns=5 + len(axes))
-    return [Section("Batch size", text, [table], lambda: _curves(found, axes))]
+    table = Table([*headings, "decode peak GB"], rows, 5 + len(axes), ("decode peak GB", "within", "across"))
+    return [Section("Batch size", text, [table], lambda: _curves(found, axes), True)]
 
 
 def _batch(one: Measured) -> int:

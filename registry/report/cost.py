@@ -85,7 +85,7 @@ def cost(observations: Sequence[Observation], prices: Mapping[str, float]) -> li
             f"Without a measured step and a price: {', '.join(unpriced)}; price.GPU=DOLLARS_AN_HOUR gives one."
         )
     table = Table(headings, rows, text_columns=4 + len(axes))
-    return [Section("$/Mtok with the best lever of each GPU", text, [table], lambda: _ladder(best))]
+    return [Section("$/Mtok with the best lever of each GPU", text, [table], lambda: _ladder(best), True)]
 
 
 def _workload(one: Measured) -> Workload:
@@ -120,6 +120,8 @@ def _ladder(best: Mapping[Workload, Mapping[str, Rung]]) -> list[Any]:
 
     figures = []
     for (model, context, batch), ladder in sorted(best.items()):
+        if len(ladder) == 1:
+            continue  # one rung is no ladder; the table has it
         ranked = sorted(ladder.items(), key=lambda item: item[1].dollars)
         figure = go.Figure(
             go.Bar(

@@ -91,6 +91,11 @@ def number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
+def counted(count: int, name: str) -> str:
+    """A number of things: 1 session, 10 sessions."""
+    return f"{count} {name}{'' if count == 1 else 's'}"
+
+
 def percent(fraction: float | None) -> str:
     """A coefficient of variation, or nothing for one session."""
     return "" if fraction is None else f"{fraction:.2%}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from registry import stats
 from registry.experiments import applies, matches
 from registry.report.document import Row, Section, Table
-from registry.report.labels import number, percent
+from registry.report.labels import counted, number, percent
 from registry.report.observation import TPOT
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Judged:
 
     def __str__(self) -> str:
         found = self.pair.comparison
-        told = f"mean speedup {found.mean:.3f}, {_interval(found.student)} at {len(found.ratios)} sessions"
+        told = f"mean speedup {found.mean:.3f}, {_interval(found.student)} at {counted(len(found.ratios), 'session')}"
         return (
             f"{self.verdict.value}: {self.claim.claim} ({block(self.pair)}; {told}; killed if the mean is "
             f"{self.claim.killed_if} {self.claim.speedup:g})"
@@ -63,6 +63,7 @@ def paired(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Section]
         ["block", "sessions", f"{one} ms", "within", "across", f"{other} ms", "within", "across", "difference ms",
          "speedup", "t 95 %", "bootstrap 95 %", "across"],
         [_summary(pair) for pair in found],
+        spare=("within", "across", "bootstrap 95 %", "difference ms"),
     )  # fmt: skip
     pooled = len({run.record.sweep_id for pair in found for run in pair.baseline.ok}) > 1
     sessions = Table(
@@ -78,7 +79,7 @@ def paired(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Section]
         f"coefficients of variation of the steps in a session and of the sessions' medians.",
     ]
     return [
-        Section(f"{one} against {other}", text, [summary], lambda: _plots(found, experiment)),
+        Section(f"{one} against {other}", text, [summary], lambda: _plots(found, experiment), True),
         Section("Sessions", (), [sessions]),
     ]
 
@@ -139,10 +140,13 @@ def _plots(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Any]:
                 one_claim.claim.speedup,
                 line={"color": "#cc0000", "dash": "dot"},
                 annotation_text=f"killed {one_claim.claim.killed_if} {one_claim.claim.speedup:g}",
+                annotation_position="right",
                 row=1,
                 col=2,
             )
         figure.update_yaxes(rangemode="tozero", row=1, col=1)
-        figure.update_layout(title=block(pair), showlegend=False, height=380)
+        numbers = [str(run.record.session) for run in pair.baseline.ok]
+        figure.update_xaxes(title="session", tickvals=[*range(len(ratios))], ticktext=numbers, row=1, col=2)
+        figure.update_layout(title=block(pair), showlegend=False, height=400, margin={"r": 150})
         figures.append(figure)
     return figures

@@ -54,8 +54,19 @@ def bars(found: Sequence[Measured], names: Sequence[str], metric: str, name: str
     """
     from plotly import graph_objects as go
 
+    return go.Bar(**_reaching(found, names, metric, name), orientation="h", marker={"color": color})
+
+
+def points(found: Sequence[Measured], names: Sequence[str], metric: str, name: str, color: str) -> Any:
+    """The same as points, for a logarithmic axis, on which a bar's length means nothing."""
+    from plotly import graph_objects as go
+
+    return go.Scatter(**_reaching(found, names, metric, name), mode="markers", marker={"color": color, "size": 11})
+
+
+def _reaching(found: Sequence[Measured], names: Sequence[str], metric: str, name: str) -> dict[str, Any]:
     middle = [one.median(metric) or 0.0 for one in found]
     over = [max(one.values(metric)) - value for one, value in zip(found, middle, strict=True)]
     under = [value - min(one.values(metric)) for one, value in zip(found, middle, strict=True)]
     reach = {"type": "data", "symmetric": False, "array": over, "arrayminus": under}
-    return go.Bar(y=names, x=middle, name=name, orientation="h", error_x=reach, marker={"color": color})
+    return {"y": names, "x": middle, "name": name, "error_x": reach}

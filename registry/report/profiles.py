@@ -45,7 +45,7 @@ def profiles(observations: Sequence[Observation]) -> list[Section]:
     ]
     headings = [*axes, "TPOT ms", "within", "across", *(heading for heading, *_ in FIGURES)]
     table = Table(headings, [_row(one, axes) for one in found], text_columns=len(axes))
-    sections = [Section("Where a step's time goes", text, [table], lambda: _parts(found, axes))]
+    sections = [Section("Where a step's time goes", text, [table], lambda: _parts(found, axes), True)]
     return sections + [Section(f"Kernels of {named(one, axes)}", _whole(one), [_kernels(one)]) for one in found]
 
 
