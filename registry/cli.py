@@ -12,11 +12,12 @@ from registry.architecture import Architecture
 from registry.archive import records_in
 from registry.checkpoint import CheckpointFormat
 from registry.compose import Composer
-from registry.display import console, tell_report, tell_status
+from registry.display import console, tell_status
 from registry.export import export
 from registry.outcome import BadInput, Refused, nearest
 from registry.plan import plugin_options
 from registry.plugins import Catalog
+from registry.report.terminal import tell_report
 from registry.status import statuses
 from registry.synthesis import write_checkpoint
 from registry.tracking import TrackingDown, import_records
@@ -149,13 +150,17 @@ def _export(folder: Path, target: Path) -> int:
     if not folder.is_dir():
         raise BadInput(f"{folder} is no folder")
     composer = Composer(Catalog())
-    shapes = {name: composer.cell([f"experiment={name}"]).experiment.study_files for name in _experiments(composer)}
+    experiments = {name: composer.cell([f"experiment={name}"]).experiment for name in _experiments(composer)}
     found, problems = records_in(folder)
     try:
-        files, left_out = export(found, shapes, target)
+        done = export(found, experiments, target)
     except OSError as error:
         raise BadInput(f"--study {target} cannot be written: {error}") from error
-    print(f"{len(files)} files in {target}; {left_out} records are of no measured step of an experiment of the study")
+    print(
+        f"{len(done.files)} files in {target}; {done.left_out} records are of no cell that the study has a file for"
+    )
+    if done.renamed:
+        print(f"{done.renamed} of them are of cells that share the study's name: sweep and cell stand behind it")
     return _told(problems)
 
 

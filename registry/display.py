@@ -14,15 +14,14 @@ from rich.table import Table
 
 from registry import floor, stats
 from registry.outcome import Outcome
+from registry.repeats import by_cell
 from registry.schema import GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from registry.plan import Cell
     from registry.record import Record
-    from registry.report.document import Report
     from registry.status import Status
 
 AXES = tuple(group for group in GROUPS if group not in ("protocol", "experiment", "tracking"))
@@ -150,14 +149,8 @@ def results(records: Sequence[Record], width: int) -> Table:
 
 
 def _by_cell(records: Sequence[Record]) -> list[list[Record]]:
-    """The sessions of each cell; one that was asked for twice is two, in each session."""
-    groups: dict[tuple[str, int], list[Record]] = {}
-    met: Counter[tuple[str, int]] = Counter()
-    for record in records:
-        place = record.cell_id, record.session
-        groups.setdefault((record.cell_id, met[place]), []).append(record)
-        met[place] += 1
-    found = [*groups.values()]
+    """The sessions of each cell."""
+    found = [*by_cell(records, lambda record: record).values()]
     return sorted(found, key=lambda sessions: place_of(sessions[0].config)) if len(found) < len(records) else found
 
 
@@ -193,28 +186,6 @@ def notes(records: Sequence[Record]) -> list[str]:
             for warning in record.warnings:
                 rows.setdefault(f"warning: {warning}", {})[row] = None
     return [f"{_numbers([*found])} {text}" for text, found in rows.items()]
-
-
-def tell_report(report: Report, files: Sequence[Path]) -> None:
-    """Print an experiment's first table, its verdicts and where the rest of it lies."""
-    out = console()
-    for table in report.sections[0].tables if report.sections else ():
-        shown = Table(
-            title=escape(report.question),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-        )
-        for place, heading in enumerate(table.headings):
-            shown.add_column(heading, justify="left" if place < table.text_columns else "right", overflow="fold")
-        for row in table.rows:
-            shown.add_row(*(escape(cell) for cell in row.cells))
-        out.print(shown)
-    for verdict in report.verdict_lines:
-        out.print(verdict, highlight=False, markup=False)
-    told = " and ".join(str(file) for file in files)
-    out.print(f"The report of {report.title}: {told}", highlight=False, markup=False, soft_wrap=True)
 
 
 def tell_status(found: Sequence[Status], in_full: bool) -> None:

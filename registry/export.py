@@ -2,42 +2,113 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from registry.outcome import Outcome
 from registry.record import write_json
+from registry.schema import what_decides
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from registry.record import Record
+    from registry.schema import ExperimentConfig
 
 
-def export(records: Sequence[Record], shapes: Mapping[str, str | None], folder: Path) -> tuple[list[Path], int]:
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        files: In order.
+        left_out: How many records have no file.
+        renamed: How many files bear their sweep and cell behind the study's name, which several cells would have had.
+    """
+
+    files: list[Path]
+    left_out: int
+    renamed: int
+
+
+def export(records: Sequence[Record], experiments: Mapping[str, ExperimentConfig], folder: Path) -> Exported:
     """Write the study's files.
 
     Args:
         records: Of any sweeps; only measured steps count.
-        shapes: Of each experiment, one of `registry.validate.STUDY_FILES`; without one its records have no file.
+        experiments: By name; records of others, and of those that are nothing to the study, have no file.
         folder: Where to.
-
-    Returns:
-        The files, and how many records have none.
     """
-    files: dict[str, dict[str, Any]] = {}
-    left_out = 0
-    for record in sorted(records, key=lambda one: one.started_at):
-        shape = shapes.get(record.experiment)
-        if record.outcome is not Outcome.OK or record.kind != "step" or shape is None:
-            left_out += 1
-            continue
-        name = f"{_prefix(shape, record)}.json"
-        keys, known = _keys(shape, record), files.get(name, {})
-        files[name] = (record.study | known if "graphed_p50_ms" in keys else known | record.study) | keys
-    for name, content in files.items():
-        write_json(folder / name, content)
-    return [folder / name for name in files], left_out
+    own = [one for one in sorted(records, key=lambda one: one.started_at) if _is_cell(one, experiments)]
+    files = [file for name in experiments for file in _files(own, experiments[name])]
+    met = Counter(file.name for file in files)
+    written: list[Path] = []
+    counted: set[str] = set()
+    for file in files:
+        name = file.name if met[file.name] == 1 else f"{file.name}_{file.identity}"
+        written.append(folder / f"{name}.json")
+        write_json(written[-1], file.content)
+        counted |= file.records
+    renamed = sum(count for count in met.values() if count > 1)
+    return Exported(written, len(records) - len(counted), renamed)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of the study: its name without an ending, what tells it from another of that name, and what it holds."""
+
+    name: str
+    identity: str
+    content: dict[str, Any]
+    records: frozenset[str]
+
+
+def _is_cell(record: Record, experiments: Mapping[str, ExperimentConfig]) -> bool:
+    return record.outcome is Outcome.OK and record.kind == "step" and record.experiment in experiments
+
+
+def _files(records: Sequence[Record], experiment: ExperimentConfig) -> Iterator[_File]:
+    own = [one for one in records if one.experiment == experiment.name]
+    shape = experiment.study_files
+    if shape == "pairs":
+        yield from _pairs(own, experiment)
+    elif shape is not None:
+        for one in own:
+            keys = frozenset({one.record_id})
+            yield _File(_prefix(shape, one), _identity(one), one.study | _keys(shape, one), keys)
+
+
+def _pairs(records: Sequence[Record], experiment: ExperimentConfig) -> Iterator[_File]:
+    """A file for each two arms that one session of one sweep measured, or for the one that it has."""
+    group = experiment.arms or ""
+    sessions: dict[tuple[str, int, str], dict[str, list[Record]]] = {}
+    for one in records:
+        config = what_decides(one.config)
+        arm = config.pop(group, {}).get("name")
+        rest = json.dumps([config, one.environment.get("device")], sort_keys=True)
+        sessions.setdefault((one.sweep_id, one.session, rest), {}).setdefault(arm, []).append(one)
+    for arms in sessions.values():
+        for eager in _or_none(arms.get(str(experiment.baseline))):
+            for graphed in _or_none(arms.get(str(experiment.candidate))):
+                both = [one for one in (graphed, eager) if one]
+                if not both:
+                    continue
+                content = {key: value for one in both for key, value in one.study.items()}
+                content |= {"eager_p50_ms": eager.study["p50_ms"]} if eager else {}
+                content |= {"graphed_p50_ms": graphed.study["p50_ms"]} if graphed else {}
+                keys = frozenset(one.record_id for one in both)
+                yield _File(_prefix("pairs", both[-1]), "_".join(map(_identity, both[::-1])), content, keys)
+
+
+def _or_none(found: Sequence[Record] | None) -> Sequence[Record | None]:
+    return found or [None]
+
+
+def _identity(record: Record) -> str:
+    return f"{record.sweep_id}-{record.index}-{record.cell_id}"
 
 
 def _prefix(shape: str, record: Record) -> str:
@@ -63,9 +134,6 @@ def _keys(shape: str, record: Record) -> dict[str, Any]:
     """The keys that the study's cells of this kind carry beyond every cell's."""
     c = record.config
     launch = c["execution"].get("launch", c["execution"]["name"])  # older records say it by the name alone
-    if shape == "pairs":
-        arm = "graphed_p50_ms" if launch == "cuda_graph" else "eager_p50_ms"
-        return {arm: record.study["p50_ms"]}
     if shape == "stack":
         compiled, graphs = launch == "compile", launch == "cuda_graph"
         return {"attn": c["attention"]["name"], "compile": compiled, "graphs": graphs}

@@ -157,7 +157,7 @@ class Planner:
             (_check_kernel if cell.kernel_alone else _check_plugins)(cell, chosen)
             _check_memory(cell)
         except Refused as refused:
-            cell.refusal = refused.refusal
+            cell.refusal = _open_to(config, refused.refusal)
         modules = [target.partition(":")[0] for target in cell.targets.values()]
         cell.cell_id = cell_id(config, cell.device, modules, cell.versions)
         return cell
@@ -400,6 +400,12 @@ def _check_requirements(plugin: type[Plugin], environment: str) -> None:
                 f"{wanted.name} {found} is installed, {requirement.package} is needed",
                 requirement.install,
             )
+
+
+def _open_to(config: Config, refusal: Refusal) -> Refusal:
+    """A refusal without a remedy that an experiment, which compares both arms, would refuse."""
+    fixed = config.experiment.arms
+    return dataclasses.replace(refusal, remedy="") if fixed and f"{fixed}=" in refusal.remedy else refusal
 
 
 def _elsewhere(cell: Cell) -> str:

@@ -258,9 +258,9 @@ def what_is_measured(config: Config) -> dict[str, Any]:
     return plain
 
 
-def what_decides(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def what_decides(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Of a cell's configuration in its plain form what its step times depend on."""
-    found = {group: dict(part) for group, part in plain.items()}
+    found = {group: dict(part) if isinstance(part, dict) else part for group, part in plain.items()}
     for group, key in (*(("protocol", key) for key in UNTIMED), *NO_FIGURES):
         found.get(group, {}).pop(key, None)
     return found

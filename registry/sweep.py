@@ -243,14 +243,15 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
             cells.append(planner.plan(composer.cell(job_overrides)))
         except BadInput as error:
             problems.setdefault(str(error), " ".join(job_overrides))
-    for what, values in {
-        "tracking": [str(cell.config.tracking) for cell in cells],
-        "folder of records": [cell.config.records for cell in cells],
-        "number of sessions": [str(cell.config.protocol.sessions) for cell in cells],
-        "resume": [str(cell.config.resume) for cell in cells],
-    }.items():
+    for what, values, way in (
+        ("tracking", [str(cell.config.tracking) for cell in cells], "tracking is no axis"),
+        ("folder of records", [cell.config.records for cell in cells], "give records=FOLDER"),
+        ("number of sessions", [cell.config.protocol.sessions for cell in cells], "give protocol.sessions=N"),
+        ("resume", [cell.config.resume for cell in cells], "give resume=true or none"),
+    ):
         if len(set(values)) > 1:
-            problems.setdefault(f"a sweep has one {what} for all of its cells", " ".join(args.overrides))
+            told = f"a sweep has one {what} for all of its cells: {way}, or run them one after the other"
+            problems.setdefault(told, " ".join(args.overrides))
     if problems:
         many = len(jobs) > 1
         raise BadInput("\n        ".join(f"{p} (in: {where})" if many else p for p, where in problems.items()))
@@ -322,9 +323,10 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
 
     from registry import record as records
     from registry.call import Call
-    from registry.display import Reporter, console, tell_report
+    from registry.display import Reporter, console
     from registry.experiment_runs import close_runs, open_runs
     from registry.registration import register
+    from registry.report.terminal import tell_report
 
     global _running
     hydra = GlobalHydra.instance().hydra

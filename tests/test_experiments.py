@@ -16,6 +16,7 @@ from registry import registration
 from registry.compose import Composer
 from registry.display import plan_notes
 from registry.experiments import applies, blocks, matches
+from registry.hardware import cpu_device
 from registry.outcome import BadInput
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
@@ -80,6 +81,32 @@ def test_what_a_report_may_be_made_of_is_what_there_is() -> None:
 )
 def test_how_many_cells(composer: Composer, name: str, cells: int) -> None:
     assert len(jobs(composer, f"experiment={name}")) == cells
+
+
+def test_the_kill_thresholds_are_the_study_s(composer: Composer) -> None:
+    """Fixed beforehand there: below 1.15 on the H100, above 1.15 on the L4 (arXiv 2605.30571, section 5)."""
+    claims = composer.cell(["experiment=graphs_ab"]).experiment.claims
+    assert [(one.killed_if, one.speedup, one.above_gbs, one.below_gbs) for one in claims] == [
+        ("below", 1.15, 2000, None),
+        ("above", 1.15, None, 1000),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("paper", (2048, 1, 5, 30, 0)), ("attention", (2048, 1, 50, 300, 0)), ("quick", (512, 1, 5, 30, 0))],
+)
+def test_the_protocols_numbers(composer: Composer, name: str, numbers: tuple[int, ...]) -> None:
+    p = composer.cell([f"protocol={name}"]).protocol
+    assert (p.context, p.batch_size, p.warmup_steps, p.measured_steps, p.seed) == numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "sessions"), [("graphs_ab", 10), ("attention", 3), ("quant", 3), ("matrix", 1), ("batch4", 1)]
+)
+def test_how_often_an_experiment_s_cells_are_measured(composer: Composer, name: str, sessions: int) -> None:
+    found = {composer.cell(job).protocol.sessions for job in jobs(composer, f"experiment={name}")[::7]}
+    assert found == {sessions}
 
 
 # The command line
@@ -168,6 +195,19 @@ def test_a_dry_run_lists_the_cells_as_typed_and_how_often_they_are_measured(
     assert plan_notes(cells)[-1] == "Each cell is measured in 10 sessions"
     _, cells = planned(composer, profiles, "experiment=matrix")
     assert not any("sessions" in note for note in plan_notes(cells))
+
+
+def test_no_cell_is_told_to_leave_out_an_arm_that_its_experiment_compares(
+    composer: Composer, profiles: dict[str, GpuConfig]
+) -> None:
+    planner = Planner(composer.catalog, profiles, cpu_device())
+    small = ("model=tiny", "context=2048", "gpu=cpu")
+    cells = {
+        name: [planner.plan(composer.cell(job)) for job in jobs(composer, f"experiment={name}", *small)]
+        for name in ("graphs_ab", "profile")
+    }
+    remedies = {name: {one.refusal.remedy for one in found if one.refusal} for name, found in cells.items()}
+    assert remedies == {"graphs_ab": {""}, "profile": {"Use execution=eager"}}
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,33 @@ def test_a_kernel_that_is_wrong_is_not_timed(architecture: Architecture, how: st
     assert caught.value.refusal.outcome is Outcome.INCORRECT
 
 
+class WrongOnce(Sdpa):
+    """Right on every cache that it meets but one, counted from 0."""
+
+    place = 0
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.met = 0
+
+    def decode(self, q: Any, k: Any, v: Any, **keywords: Any) -> Any:
+        self.met += 1
+        out = super().decode(q, k, v, **keywords)
+        return out * 1.1 if self.met == self.place + 1 else out
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_kernel_is_checked_on_the_first_cache_and_on_the_last(architecture: Architecture, place: int) -> None:
+    kernel = WrongOnce(SdpaOptions())
+    kernel.place = place
+    with pytest.raises(Refused, match="the kernel's output has a cosine"):
+        measured(kernel, architecture)
+    watched = Watched(SdpaOptions())
+    measured(watched, architecture, warmup_steps=CACHES, measured_steps=CACHES)
+    checked, rotation = ([pointer for _, pointer in watched.calls[a:b]] for a, b in ((0, 2), (2, 2 + CACHES)))
+    assert checked == [rotation[0], rotation[-1]]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_graph_holds_a_call_for_each_cache(architecture: Architecture) -> None:

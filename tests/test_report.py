@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from test_profile import ONE_PROFILE
 from test_record import made_up_record
 
 from registry import registration
 from registry.compose import Composer
-from registry.display import tell_report
 from registry.export import export
 from registry.outcome import Outcome
 from registry.plan import Cell
@@ -26,6 +26,7 @@ from registry.report.document import Report, Row, Section, Table, markdown
 from registry.report.observation import Observation, cells, pairs
 from registry.report.page import html as page
 from registry.report.paired import judged
+from registry.report.terminal import tell_report
 from registry.schema import ExperimentConfig, what_is_measured
 
 EAGER = (14.0, 15.0, 14.5)
@@ -51,7 +52,11 @@ def run(cell: Cell, number: int, tpot: float = 10.0, **changes: Any) -> Observat
 
 @pytest.fixture(scope="module")
 def experiment(composer: Composer) -> ExperimentConfig:
-    return composer.cell(["experiment=graphs_ab"]).experiment
+    """The study's, its claims made of the tests' model."""
+    found = composer.cell(["experiment=graphs_ab"]).experiment
+    for claim in found.claims:
+        claim.where = {**claim.where, "model.name": "tiny"}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +126,7 @@ def test_sessions_of_a_cell_are_one_cell(sessions: list[Observation]) -> None:
 
 
 def test_what_a_cell_may_take_makes_it_no_other_cell(arm: Any) -> None:
-    found = [run(arm(), 0), run(arm("protocol.timeout_s=99", "protocol.profiled_steps=3"), 1)]
+    found = [run(arm(), 0), run(arm("protocol.timeout_s=99", "protocol.profiled_steps=3"), 1, session=1)]
     assert len(cells(found)) == 1
     assert len(cells([*found, run(arm("protocol.seed=5"), 2)])) == 2
 
@@ -155,7 +160,9 @@ def test_a_session_that_lacks_an_arm_is_left_out(sessions: list[Observation], ex
 
 def test_cells_of_other_devices_are_other_cells(sessions: list[Observation], experiment: ExperimentConfig) -> None:
     record = sessions[0].record
-    elsewhere = dataclasses.replace(record, environment=record.environment | {"device": {"name": "NVIDIA L4 too"}})
+    elsewhere = dataclasses.replace(
+        record, environment=record.environment | {"device": {"name": "NVIDIA L4 too"}}, cell_id="e" * 16
+    )
     assert len(cells([*sessions, Observation(elsewhere)])) == 3
     assert len(pairs([*sessions[1:], Observation(elsewhere)], experiment)[0].comparison.ratios) == 2
 
@@ -220,7 +227,7 @@ def test_runs_that_were_not_registered_before_they_began_decide_nothing(
 ) -> None:
     told = verdicts(sessions, experiment, fixed(experiment, sessions, **change))
     assert told[0].startswith("no verdict")
-    assert re.search(r"\d runs of the sweep are left out: they are not what was registered", told[1])
+    assert re.search(r"left out of the sweep: \d runs? not of what was registered", told[1])
 
 
 def test_runs_measured_under_another_registration_decide_nothing(
@@ -230,7 +237,7 @@ def test_runs_measured_under_another_registration_decide_nothing(
     then = under(fixed(with_threshold(experiment, 9.0), sessions), sessions)
     told = build(experiment, then, [fixed(experiment, sessions)]).verdict_lines
     assert told[0].startswith("no verdict")
-    assert "6 runs of the sweep are left out" in told[1]
+    assert "left out of the sweep: 6 runs" in told[1]
 
 
 def test_there_is_no_verdict_before_the_last_session(
@@ -302,9 +309,7 @@ def test_every_figure_is_traced_to_its_run(sessions: list[Observation], experime
 def test_a_gpu_that_the_study_did_not_have(sessions: list[Observation], experiment: ExperimentConfig) -> None:
     told = markdown(build(experiment, sessions))
     assert "The study did not have h200" in told
-    assert re.search(
-        r"^\| h100 \| model=qwen2\.5-7b .* \| speedup \| .* \| 1\.259 \|  \|  \|  \|", told, re.MULTILINE
-    )
+    assert re.search(r"^\| h100 \| context=2048 \| speedup \| .* \| 1\.259 \|  \|  \|  \|", told, re.MULTILINE)
 
 
 class Addresses(html.parser.HTMLParser):
@@ -351,13 +356,41 @@ def test_a_machine_without_plotly_writes_the_tables(
 def test_a_terminal_of_any_width_is_told_every_figure(
     sessions: list[Observation], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.display.console", lambda: Console(width=60))
+    monkeypatch.setattr("registry.report.terminal.console", lambda: Console(width=60))
     told = [f"{number}.25-{number}.75" for number in range(100, 112)]
     table = Table(["quant", *["range"] * len(told)], [Row(["gptq-exllamav2", *told])])
-    tell_report(Report("wide", "", sections=[Section("Cells", tables=[table])]), [])
+    tell_report(Report("wide", "", sections=[Section("Cells", tables=[table], on_terminal=True)]), [])
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert all(Counter(shown)[digit] >= Counter("".join(told))[digit] for digit in "0123456789")
+
+
+def test_a_narrow_window_goes_without_the_columns_that_can_be_spared(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = Table(["quant", "TPOT ms", "within", "across"], [Row(["nf4", "7.73", "0.11%", "0.22%"])], 1, ("within",))
+    report = Report("matrix", "How far?", sections=[Section("Cells", (), [table], on_terminal=True)])
+
+    def told(width: int) -> str:
+        monkeypatch.setattr("registry.report.terminal.console", lambda: Console(width=width))
+        tell_report(report, [])
+        return capsys.readouterr().out
+
+    assert re.search(r"nf4 +7.73 +0.11% +0.22%", told(80))
+    assert re.search(r"nf4 +7.73 +0.22%", narrow := told(28))
+    assert "Left out for want of room: within" in narrow
+    assert "Left out" not in told(80)
+
+
+def test_a_terminal_shows_what_a_report_is_about(
+    sessions: list[Observation], composer: Composer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """batch4 asks two things: both tables are there, and the sessions one by one are not."""
+    tell_report(build(composer.cell(["experiment=batch4"]).experiment, sessions), [])
+    shown = capsys.readouterr().out
+    assert "eager against cuda_graph" in shown
+    assert "Batch size" in shown
+    assert "Sessions" not in shown
 
 
 def test_a_page_shows_what_it_is_given_as_text(sessions: list[Observation]) -> None:
@@ -375,6 +408,12 @@ def test_every_experiment_reports_on_runs_of_any_outcome(
     """One good cell, one without a figure: no section stumbles over either."""
     told = composer.cell([f"experiment={name}"]).experiment
     good = run(arm(), 0, 20.0, experiment=name)
+    good.record.measured = {"profile": ONE_PROFILE}
+    found = [good]
+    if name == "attention":
+        found.append(run(arm("protocol=attention"), 2, experiment=name, kind="attention", step_times_ms=[]))
+        found[-1].record.metrics, found[-1].record.call_times_us = {"median_call_us": 20.0}, [20.0]
+        found[-1].record.measured = {"sdp_enabled": {}}
     refused = run(
         arm("quant=nf4"),
         1,
@@ -384,8 +423,9 @@ def test_every_experiment_reports_on_runs_of_any_outcome(
         metrics={},
         step_times_ms=[],
     )
-    text = write(build(told, [good, refused]), tmp_path)[1].read_text()
-    assert "20.0" in text or name in ("attention", "profile", "batch4")
+    text = write(build(told, [*found, refused]), tmp_path)[1].read_text()
+    assert re.search(r"\| 20\.00+ \|", text)
+    assert ("no such kernel" in text) == (name != "cost")  # which tells of all that was ever run
 
 
 def test_the_cheapest_lever_of_each_gpu(arm: Any, composer: Composer) -> None:
@@ -403,9 +443,14 @@ def test_the_cheapest_lever_of_each_gpu(arm: Any, composer: Composer) -> None:
 
 def exported(tmp_path: Path, shape: str, *found: Observation) -> dict[str, dict[str, Any]]:
     records = [dataclasses.replace(one.record, experiment="x") for one in found]
-    files, left_out = export(records, {"x": shape}, tmp_path / "study")
-    assert left_out == 0
-    return {file.name: json.loads(file.read_text()) for file in files}
+    done = export(records, {"x": of_shape(shape)}, tmp_path / "study")
+    assert done.left_out == 0
+    assert len({*done.files}) == len(done.files)
+    return {file.name: json.loads(file.read_text()) for file in done.files}
+
+
+def of_shape(shape: str) -> ExperimentConfig:
+    return ExperimentConfig(name="x", arms="execution", baseline="eager", candidate="cuda_graph", study_files=shape)
 
 
 def test_both_arms_of_a_session_are_one_file(sessions: list[Observation], tmp_path: Path) -> None:
@@ -435,4 +480,36 @@ def test_a_profile_s_keys(arm: Any, tmp_path: Path) -> None:
 
 
 def test_records_of_no_experiment_have_no_file(arm: Any, tmp_path: Path) -> None:
-    assert export([run(arm(), 0).record], {"matrix": "cells"}, tmp_path / "study") == ([], 1)
+    done = export([run(arm(), 0).record], {"matrix": of_shape("cells")}, tmp_path / "study")
+    assert (done.files, done.left_out) == ([], 1)
+
+
+def test_cells_that_the_study_calls_the_same_have_a_file_each(arm: Any, tmp_path: Path) -> None:
+    overrides = ["quant=nf4", "protocol.seed=5", "protocol.measured_steps=3", "attention=sdpa-math", "quant=none"]
+    found = exported(tmp_path, "cells", *(run(arm(one), place, 10.0 + place) for place, one in enumerate(overrides)))
+    assert sorted(content["p50_ms"] for content in found.values()) == [10.0, 11.0, 12.0, 13.0, 14.0]
+    assert all(name.startswith("tiny_h200_ctx2048_20260701-101010-abcd-") for name in found)
+    again = run(arm(), 9, 50.0, sweep_id="later")
+    found = exported(tmp_path, "cells", run(arm(), 0, 10.0), again)
+    assert sorted(content["p50_ms"] for content in found.values()) == [10.0, 50.0]
+
+
+def test_arms_of_two_sweeps_or_two_caches_are_no_one_file(arm: Any, tmp_path: Path) -> None:
+    """99 ms of another sweep is not the eager time of this sweep's 11 ms."""
+    static, graphed = arm("execution.cache=static"), arm("execution=cuda_graph")
+    found = [run(static, 0, 14.0), run(graphed, 1, 11.0), run(static, 2, 99.0, sweep_id="later")]
+    told = exported(tmp_path, "pairs", *found, run(arm(), 3, 50.0))
+    assert sorted((one["eager_p50_ms"], one.get("graphed_p50_ms", 0)) for one in told.values()) == [
+        (14.0, 11.0),
+        (50.0, 11.0),
+        (99.0, 0),
+    ]
+
+
+def test_what_is_no_arm_has_no_file(arm: Any, tmp_path: Path) -> None:
+    found = [run(arm("execution=compile"), 0, 5.0), run(arm("execution=cuda_graph"), 1, 11.0)]
+    records = [dataclasses.replace(one.record, experiment="x") for one in found]
+    done = export(records, {"x": of_shape("pairs")}, tmp_path)
+    assert (len(done.files), done.left_out, done.renamed) == (1, 1, 0)
+    assert json.loads(done.files[0].read_text()).keys() >= {"graphed_p50_ms"}
+    assert "eager_p50_ms" not in json.loads(done.files[0].read_text())

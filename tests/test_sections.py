@@ -1,21 +1,28 @@
 """Each section of a report against tables computed by hand: runs are made up, and their every figure is known."""
 
+import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from planning import H200
+from test_profile import ONE_PROFILE
 from test_report import run
 
 from registry.compose import Composer
 from registry.hardware import Device
+from registry.outcome import Outcome
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
+from registry.profile import figures
 from registry.report.attention import attention
 from registry.report.build import build
 from registry.report.document import Section
-from registry.report.observation import Observation, pairs
+from registry.report.observation import Observation, cells, pairs
+from registry.report.page import html as page
+from registry.report.paired import judged
 from registry.report.prices import prices
 from registry.report.study import study
 from registry.schema import ExperimentConfig, GpuConfig
@@ -102,7 +109,7 @@ def test_the_arms_of_the_study_are_compared_as_means_over_the_sessions(make: Mak
 )
 def test_what_gpus_the_study_had(make: Make, named: Named, name: str, gpu: str, words: list[str]) -> None:
     section, _ = compared(named(name), [run(make(gpu=gpu), 0, 20.0)])
-    assert list(section.text) == words
+    assert list(section.text)[1:] == words
 
 
 def test_a_stack_s_figures_are_those_of_the_plain_body_alone(make: Make, named: Named) -> None:
@@ -271,8 +278,18 @@ def test_attention_s_table(make: Make) -> None:
     )
     assert (row["share of step"], row["MB/call"], row["GB/s"], row["cosine"]) == ("14.0%", "8.40", "200", "0.99999")
     assert row["across"] == "4.76%"  # 2 of 42
-    assert section.text[1] == "What scaled_dot_product_attention may choose from: flash on, cudnn off."
-    assert "revisit_median_tpot_ms" in section.text[0]
+    assert section.text[-1] == "What scaled_dot_product_attention may choose from: flash on, cudnn off."
+    assert "revisit_median_tpot_ms" in section.text[1]
+    assert row["within"] == "10.00%"
+    [row] = rows(attention([call(make(*KERNEL, "execution=cuda_graph"), 0, 4.0, 0.112)])[0])
+    assert (row["within"], row["us/call"], row["across"]) == ("10.00% of 32-call means", "4.00", "")
+
+
+def test_a_picture_of_kernels_has_a_point_for_each(make: Make) -> None:
+    found = [call(make(*KERNEL, f"context={context}"), context // 2048, 40.0, 1.12) for context in (2048, 4096)]
+    section = attention(found)[0]
+    [figure] = section.figures() if section.figures else []
+    assert [list(points.y) for points in figure.data] == [["sdpa context=2048", "sdpa context=4096"], []]
 
 
 @pytest.mark.parametrize(
@@ -286,3 +303,431 @@ def test_a_share_is_of_the_plain_step_with_the_same_cache_and_of_no_other(make: 
 def test_of_two_plain_steps_there_is_no_share(make: Make) -> None:
     steps = [run(make(f"protocol.seed={seed}"), seed, 16.8) for seed in (1, 2)]
     assert [row["share of step"] for row in rows(attention([call(make(*KERNEL), 0, 40.0, 1.12), *steps])[0])] == [""]
+
+
+@pytest.mark.parametrize("other", ["model=mistral-7b-v0.3", "context=4096", "protocol.batch_size=2", "quant=nf4"])
+def test_a_claim_is_of_the_study_s_cell(make: Make, named: Named, other: str) -> None:
+    experiment = named("graphs_ab")
+    made = [judged(pairs(arms(make, (14.0,), (11.0,), *more), experiment), experiment) for more in ((), (other,))]
+    assert [len(one) for one in made] == [1, 0]
+
+
+# What one cell is, and what it is called
+
+
+def elsewhere(one: Observation, number: int, cell_id: str, **changes: Any) -> Observation:
+    """The same configuration measured with other code, software or on another device, in another sweep."""
+    environment = one.record.environment | changes
+    told = {"cell_id": cell_id, "environment": environment, "record_id": f"r{number}", "sweep_id": "another"}
+    return Observation(dataclasses.replace(one.record, **told), f"run{number}")
+
+
+def test_sessions_with_other_software_are_no_sessions_of_one_cell(make: Make, named: Named) -> None:
+    first = arms(make, (14.0, 15.0), (11.0, 12.0))
+    newer = [
+        elsewhere(one, 10 + place, f"{place % 2:016}", versions={"torch": "2.99"}) for place, one in enumerate(first)
+    ]
+    experiment = named("graphs_ab")
+    assert [len(one.observations) for one in cells([*first, *newer])] == [2, 2, 2, 2]
+    section = titled(build(experiment, [*first, *newer]).sections, "eager against")
+    assert [(row["block"], row["sessions"]) for row in rows(section)] == [
+        ("h100, qwen2.5-7b, ctx 2048, batch 1, torch=2.13.0", "2"),
+        ("h100, qwen2.5-7b, ctx 2048, batch 1, torch=2.99", "2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "axis", "values"),
+    [
+        ({"versions": {"torch": "2.99"}}, "torch", {"2.13.0", "2.99"}),
+        ({"git": {"commit": "deadbeefdead", "dirty": "false"}}, "commit", {"c0ffee", "deadbeef"}),
+        ({"git": {"commit": "c0ffee", "dirty": "true"}}, "dirty", {"false", "true"}),
+        ({"device": {"name": "NVIDIA L4", "driver": "999"}}, "driver", {"570.86.15", "999"}),
+        ({}, "cell", set()),
+    ],
+)
+def test_cells_of_one_configuration_are_told_apart_by_what_differs(
+    make: Make, named: Named, changes: dict[str, Any], axis: str, values: set[str]
+) -> None:
+    one = run(make(), 0, 20.0)
+    found = [one, elsewhere(one, 1, "f" * 16, **changes)]
+    told = rows(titled(build(named("matrix"), found).sections, "Cells"))
+    assert {row[axis] for row in told} == (values or {one.record.cell_id[:8], "ffffffff"})
+
+
+def test_a_price_makes_no_other_cell(make: Make) -> None:
+    found = [run(make(f"gpu.price_usd_per_hour={price}"), price, 20.0, session=price) for price in (1, 2)]
+    assert len(cells(found)) == 1
+
+
+def test_a_cell_that_was_asked_for_twice_is_two_and_no_run_of_it_is_lost(make: Make, named: Named) -> None:
+    """14 and 11 ms, then once more 16 and 10 ms in the same session."""
+    found = [*arms(make, (14.0,), (11.0,)), *arms(make, (16.0,), (10.0,))]
+    for place, one in enumerate(found):
+        one.record.started_at = f"2026-07-01T10:{place:02}:00+00:00"
+    told = rows(titled(build(named("graphs_ab"), found).sections, "eager against"))
+    assert [(row["block"][-6:], row["speedup"]) for row in told] == [("copy=0", "1.2727"), ("copy=1", "1.6000")]
+
+
+def test_a_dynamic_cache_s_baseline_is_another_pair_s(make: Make, named: Named) -> None:
+    """Three sessions of each baseline beside the one candidate: 14 / 11 and 50 / 11, never 9 sessions or 3 mixed."""
+    static = arms(make, (14.0,) * 3, (11.0,) * 3)
+    dynamic = [run(make("execution.cache=dynamic"), 10 + place, 50.0, session=place) for place in range(3)]
+    for found in ([*static, *dynamic], [*dynamic, *static]):
+        told = rows(titled(build(named("graphs_ab"), found).sections, "eager against"))
+        assert [(row["block"].rpartition(", ")[2], row["sessions"], row["speedup"]) for row in told] == [
+            ("cache=dynamic", "3", "4.5455"),
+            ("cache=static", "3", "1.2727"),
+        ]
+
+
+VARIANTS = (
+    "",
+    "execution.cache=static",
+    "execution=cuda_graph",
+    "protocol.warmup_steps=1",
+    "protocol.measured_steps=1",
+    "protocol.seed=5",
+    "protocol.threads=2",
+    "protocol.batch_size=2",
+    "protocol.batch_size=2 protocol.seed=5",
+    "quant=nf4",
+    "quant=nf4 protocol.batch_size=2",
+    "quant=nf4 quant.options.block_size=128",
+    "quant=nf4 execution=cuda_graph",
+    "attention=sdpa-math",
+    "attention=sdpa-math protocol.batch_size=2",
+    "execution=compile",
+    "execution=compile execution.mode=max-autotune-no-cudagraphs",
+    "model=tiny",
+    "model.layers=2",
+    "context=4096",
+)
+
+
+@pytest.mark.parametrize("name", ["graphs_ab", "batch4", "matrix", "quant", "stack", "profile", "attention", "cost"])
+def test_no_two_rows_have_one_label(make: Make, named: Named, name: str) -> None:
+    """Of cells that differ in every way in which cells can, no table has two rows that read the same at the left."""
+    found: list[Observation] = []
+    for overrides in VARIANTS:
+        one = run(make(*overrides.split()), len(found), 20.0 + len(found), experiment=name)
+        one.record.measured = {"profile": ONE_PROFILE}
+        found += [one, elsewhere(one, 100 + len(found), f"{len(found):016}", versions={"torch": "2.99"})]
+        if not overrides.startswith(("execution.cache", "execution=compile")):
+            kernel = make(*KERNEL, *overrides.split())
+            found.append(call(kernel, len(found), 40.0 + len(found), 1.12, experiment=name))
+    sections = build(named(name), found).sections
+    for section in sections:
+        for table in section.tables:
+            if section.title.startswith(("The study", "Kernels of")):
+                continue
+            labels = Counter(tuple(row.cells[: table.text_columns]) for row in table.rows)
+            assert [told for told, count in labels.items() if count > 1] == [], section.title
+    titles = Counter(section.title for section in sections)
+    assert [title for title, count in titles.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("name", ["graphs_ab", "batch4", "matrix", "quant", "stack", "profile", "attention", "cost"])
+def test_kernels_alone_are_left_out_of_what_tells_of_steps(make: Make, named: Named, name: str) -> None:
+    """A call may ask any experiment to measure kernels alone; its report tells of the steps that there are."""
+    kernels = [
+        call(make(*KERNEL, f"execution={execution}"), place, 40.0, 1.12, experiment=name)
+        for place, execution in enumerate(("eager", "cuda_graph"))
+    ]
+    told = build(named(name), kernels)
+    page(told)
+    if name == "cost":
+        return
+    assert any(re.fullmatch("left out of .*: 2 runs of attention kernels alone", fact) for fact in told.facts)
+    steps = arms(make, (14.0,), (11.0,))
+    told, without = build(named(name), [*steps, *kernels]), build(named(name), steps)
+    page(told)
+    for section in without.sections:
+        if section.title in ("eager against cuda_graph", "Sessions", "Cells", "Batch size", "R_floor of each GPU"):
+            assert rows(titled(told.sections, section.title)) == rows(section)
+
+
+def test_a_session_is_called_by_its_own_number(make: Make, named: Named) -> None:
+    """Of sessions 0, 1 and 2 the first lost an arm: 1 and 2 are left, and are not 0 and 1."""
+    found = arms(make, (14.0, 15.0, 16.0), (11.0, 12.0, 10.0))[1:]
+    told = rows(titled(build(named("graphs_ab"), found).sections, "Sessions"))
+    assert [(row["session"], row["eager ms"], row["cuda_graph ms"], row["speedup"]) for row in told] == [
+        ("1", "15.000", "12.000", "1.2500"),
+        ("2", "16.000", "10.000", "1.6000"),
+    ]
+    more = arms(make, (20.0,), (10.0,))
+    for one in more:
+        one.record.sweep_id = "later"
+    told = rows(titled(build(named("graphs_ab"), [*found, *more]).sections, "Sessions"))
+    assert [(row["sweep"], row["session"]) for row in told] == [
+        ("20260701-101010-abcd", "1"),
+        ("20260701-101010-abcd", "2"),
+        ("later", "0"),
+    ]
+
+
+# What a report says beside its figures
+
+
+def test_facts_tell_code_software_and_protocol(make: Make, named: Named) -> None:
+    one, other = run(make(), 0, 20.0), run(make("execution=cuda_graph"), 1, 20.0)
+    one.record.environment = {
+        "device": {"name": "NVIDIA H100 80GB HBM3", "driver": "580.1"},
+        "versions": {"torch": "2.13.0", "rfloor": "0.1.0", "gptqmodel": "7.6.0"},
+        "git": {"commit": "0123456789abcdef", "dirty": "true"},
+    }
+    other.record.started_at = "2026-07-03T10:00:00.000+00:00"
+    told = build(named("matrix"), [one, other]).facts
+    assert told == [
+        "device: NVIDIA H100 80GB HBM3, NVIDIA L4",
+        "driver: 580.1, 570.86.15",
+        "torch: 2.13.0",
+        "transformers: not known",
+        "rfloor: 0.1.0",
+        "gptqmodel: 7.6.0",
+        "rfloor's commit: 0123456789ab with changes that are in no commit, c0ffee",
+        "measured: 2026-07-01 to 2026-07-03",
+        "every cell: model=qwen2.5-7b gpu=h100 backend=hf quant=none attention=sdpa context=2048 batch_size=1 seed=0 "
+        "warmup_steps=5 measured_steps=30",
+    ]
+    assert "measured: 2026-07-01" in build(named("matrix"), [one]).facts
+
+
+@pytest.mark.parametrize("name", ["graphs_ab", "batch4", "matrix", "quant", "stack", "attention"])
+def test_what_was_not_measured_is_told_with_its_reason(make: Make, named: Named, name: str) -> None:
+    """A session that was lost leaves a pair with fewer sessions: the reader is told why."""
+    found = arms(make, (14.0, 15.0), (11.0, 12.0))
+    lost = {"outcome": Outcome.OOM, "reason": "takes 81 GB of 80", "metrics": {}, "step_times_ms": []}
+    found[3] = Observation(dataclasses.replace(found[3].record, **lost), "lost")
+    [row] = rows(titled(build(named(name), found).sections, "Not measured"))
+    assert (row["execution"], row["outcome"], row["why"]) == ("cuda_graph", "ok x1, oom x1", "takes 81 GB of 80")
+    assert not [one for one in build(named(name), found[:3]).sections if one.title == "Not measured"]
+
+
+@pytest.mark.parametrize("name", ["graphs_ab", "batch4", "matrix", "quant", "stack", "profile", "cost", "attention"])
+def test_a_warning_is_told_once_with_its_cells_and_runs(make: Make, named: Named, name: str) -> None:
+    found = arms(make, (14.0, 15.0), (11.0, 12.0))
+    if name == "attention":
+        found.append(call(make(*KERNEL), 9, 40.0, 1.12))
+    for one in found:
+        one.record.measured |= {"profile": ONE_PROFILE}
+        one.record.warnings = ["throttled by power"]
+    found[0].record.warnings.append("unsteady")
+    told = build(named(name), found)
+    section = titled(told.sections, "What weakens it")
+    assert [row["warning"] for row in rows(section)] == ["throttled by power", "unsteady"][
+        : len(section.tables[0].rows)
+    ]
+    traced = {one.trace for row in section.tables[0].rows for one in row.runs}
+    assert traced == set(told.numbered())
+    if name == "graphs_ab":
+        assert [row["cells"] for row in rows(section)] == ["eager; cuda_graph", "eager"]
+        assert [len(row.runs) for row in section.tables[0].rows] == [4, 1]
+    assert not [one for one in build(named(name), [run(make(), 0)]).sections if one.title == "What weakens it"]
+
+
+# Tables by hand
+
+
+def test_batches_table(make: Make, named: Named) -> None:
+    """Batch 1 takes 10 ms (sessions of 9, 10 and 12), batch 4 16 ms: 1.6 times as long, 250 tokens a second, 2.5
+    times the 100 of batch 1."""
+    found = [run(make(), place, tpot, session=place) for place, tpot in enumerate((9.0, 10.0, 12.0))]
+    found.append(run(make("protocol.batch_size=4"), 3, 16.0))
+    section = titled(build(named("batch4"), found).sections, "Batch size")
+    keys = ("GPU", "model", "execution", "context", "batch", "TPOT ms", "within", "across")
+    assert [[row[key] for key in keys] for row in rows(section)] == [
+        ["h100", "qwen2.5-7b", "eager", "2048", "1", "10.00", "10.00%", "14.78%"],  # sqrt(7/3) of 31/3
+        ["h100", "qwen2.5-7b", "eager", "2048", "4", "16.00", "10.00%", ""],
+    ]
+    assert [[row[key] for key in ("latency", "tok/s", "throughput")] for row in rows(section)] == [
+        ["x1.00", "100.0", "x1.00"],
+        ["x1.60", "250.0", "x2.50"],
+    ]
+    assert [len(row.runs) for row in section.tables[0].rows] == [6, 4]
+
+
+@pytest.mark.parametrize(
+    "other", ["quant=nf4", "attention=sdpa-math", "execution.cache=static", "protocol.warmup_steps=1", "context=4096"]
+)
+def test_a_batch_is_set_against_batch_1_of_its_own_cell(make: Make, named: Named, other: str) -> None:
+    """10 and 11 ms of the one kind, 20 and 24 ms of the other: x1.10 and x1.20, whichever comes first."""
+    times = {("", 1): 10.0, ("", 2): 11.0, (other, 1): 20.0, (other, 2): 24.0}
+    found = [
+        run(make(*kind.split(), f"protocol.batch_size={batch}"), place, tpot)
+        for place, ((kind, batch), tpot) in enumerate(times.items())
+    ]
+    for order in (found, found[::-1], found[:3], found[1:]):
+        told = rows(titled(build(named("batch4"), order).sections, "Batch size"))
+        for row in told:
+            assert (
+                row["latency"]
+                == {"10.00": "x1.00", "11.00": "x1.10", "20.00": "x1.00", "24.00": "x1.20"}[row["TPOT ms"]]
+            )
+    section = titled(build(named("batch4"), found[1:]).sections, "Batch size")
+    assert len(rows(section)) == 2
+    assert section.text[-1] == "Without one cell of batch 1 to be set against: 1 cells."
+
+
+def test_matrix_s_tables(make: Make, named: Named) -> None:
+    """Three cells of 10, 20 and 50 ms; the first in sessions of 9, 10 and 14. R is 5 ms over each."""
+    found = [run(make(), place, tpot, session=place) for place, tpot in enumerate((9.0, 10.0, 14.0))]
+    found += [run(make("context=4096"), 3, 20.0), run(make("model=mistral-7b-v0.3"), 4, 50.0)]
+    cells_, least = (titled(build(named("matrix"), found).sections, title) for title in ("Cells", "R_floor"))
+    keys = ("model", "context", "n", "TPOT ms", "again ms", "r_floor", "within", "across")
+    assert [[row[key] for key in keys] for row in rows(cells_)] == [
+        ["mistral-7b-v0.3", "2048", "1/1", "50.00", "25.00", "0.100", "10.00%", ""],
+        ["qwen2.5-7b", "2048", "3/3", "10.00", "5.00", "0.500", "10.00%", "24.05%"],  # sqrt(7) of 11
+        ["qwen2.5-7b", "4096", "1/1", "20.00", "10.00", "0.250", "10.00%", ""],
+    ]
+    assert rows(least) == [{"GPU": "h100", "cells": "3", "min": "0.100", "median": "0.250", "max": "0.500"}]
+    [figure] = cells_.figures() if cells_.figures else []
+    assert figure.data[0].z == ([0.1, None], [0.5, 0.25])
+
+
+def test_each_quantisation_s_cells_have_a_distribution_and_a_map_of_their_own(make: Make, named: Named) -> None:
+    found = [run(make(), 0, 10.0), run(make("quant=nf4"), 1, 20.0), run(make("quant=nf4", "context=4096"), 2, 50.0)]
+    cells_, least = (titled(build(named("matrix"), found).sections, title) for title in ("Cells", "R_floor"))
+    assert [(row["quant"], row["cells"], row["min"], row["max"]) for row in rows(least)] == [
+        ("none", "1", "0.500", "0.500"),
+        ("nf4", "2", "0.100", "0.250"),
+    ]
+    maps = [figure.data[0].z for figure in (cells_.figures() if cells_.figures else [])]
+    assert maps == [([0.5],), ([0.25, 0.1],)]
+
+
+def test_variants_table(make: Make, named: Named) -> None:
+    """The plain step takes 20 ms, its second visit 10; nf4's 16 ms (sessions of 15, 16 and 18), again 12 ms: it is
+    1.25 times as fast on the first visit and .83 times on the second."""
+    found = [run(make(), 0, 20.0)]
+    for session, tpot in enumerate((15.0, 16.0, 18.0)):
+        found.append(run(make("quant=nf4"), session + 1, tpot, session=session))
+        found[-1].record.metrics |= {"revisit_median_tpot_ms": 12.0, "peak_memory_gb": 6.96, "mbu": 0.3}
+    section = titled(build(named("quant"), found, prices={"h100": 3.6}).sections, "Cells")
+    keys = ("quant", "n", "TPOT ms", "range", "within", "across", "speedup", "again ms", "speedup again")
+    assert [[row[key] for key in keys] for row in rows(section)] == [
+        ["none", "1/1", "20.00", "20.00-20.00", "10.00%", "", "1.00", "10.00", "1.00"],
+        ["nf4", "3/3", "16.00", "15.00-18.00", "10.00%", "9.35%", "1.25", "12.00", "0.83"],  # sqrt(7/3) of 49/3
+    ]
+    told = rows(section)[1]
+    assert [told[key] for key in ("r_floor", "mbu", "peak GB", "$/Mtok")] == ["0.312", "0.300", "6.96", "16.00"]
+
+
+@pytest.mark.parametrize("other", ["execution.cache=static", "protocol.seed=5", "context=4096", "model=tiny"])
+def test_a_speedup_is_over_the_plain_cell_that_differs_in_nothing_else(make: Make, named: Named, other: str) -> None:
+    found = [run(make(other), 0, 5.0), run(make("quant=nf4"), 1, 16.0)]
+    told = {row["TPOT ms"]: row["speedup"] for row in rows(titled(build(named("quant"), found).sections, "Cells"))}
+    assert told == {"5.00": "1.00", "16.00": ""}
+
+
+@pytest.mark.parametrize(
+    ("changes", "speedup"),
+    [
+        ({"backend": "autoawq", "versions": {"torch": "2.13.0", "transformers": "4.51.3"}}, "1.25"),
+        ({"backend": "autoawq", "versions": {"torch": "2.99", "transformers": "4.51.3"}}, ""),
+        ({"versions": {"torch": "2.13.0", "transformers": "4.51.3"}}, ""),
+    ],
+)
+def test_a_backend_with_packages_of_its_own_is_set_against_the_plain_step_of_its_torch(
+    make: Make, named: Named, changes: dict[str, Any], speedup: str
+) -> None:
+    plain, other = run(make(), 0, 20.0), run(make("quant=nf4"), 1, 16.0)
+    for one, versions in ((plain, {"torch": "2.13.0", "transformers": "5.17.0"}), (other, changes["versions"])):
+        one.record.environment = one.record.environment | {"versions": versions}
+    if backend := changes.get("backend"):
+        other.record.config["backend"] = other.record.config["backend"] | {"name": backend}
+    told = {
+        row["TPOT ms"]: row["speedup"]
+        for row in rows(titled(build(named("quant"), [plain, other]).sections, "Cells"))
+    }
+    assert told["16.00"] == speedup
+
+
+def test_profiles_table(make: Make, named: Named) -> None:
+    """A step of 0.05 ms in which the device was busy for 45 us and profiled for 100: twice as long."""
+    one = run(make(), 0, 0.05)
+    one.record.measured = {"profile": ONE_PROFILE}
+    one.record.metrics |= figures(ONE_PROFILE, 0.05) | {"bw_util": 0.25, "bw_util_profiled": 0.125}
+    sections = build(named("profile"), [one]).sections
+    section = titled(sections, "Where a step")
+    [row] = rows(section)
+    assert {key: value for key, value in row.items() if key != "model"} == {
+        "TPOT ms": "0.050",
+        "within": "10.00%",
+        "across": "",
+        "busy ms": "0.045",
+        "launch gap ms": "0.005",
+        "host ms": "0.035",
+        "kernels": "2",
+        "a block": "0",
+        "inflation": "2.00",
+        "cpu/cuda": "1.65",
+        "bw_util": "0.250",
+        "profiled": "0.125",
+    }
+    assert section.text[1:] == [
+        "qwen2.5-7b: profiled steps took 2.00 times as long as unprofiled ones: the gap between kernels is the "
+        "profiler's; busy time is not"
+    ]
+    table = rows(titled(sections, "Kernels of"))
+    assert [list(row.values()) for row in table] == [
+        ["gemv", "2", "40.0", "88.9%"],
+        ["Memcpy", "1", "10.0", "22.2%"],
+        ["Memset", "1", "10.0", "22.2%"],
+    ]
+
+
+def test_a_profile_whose_parts_make_the_step_says_so(make: Make, named: Named) -> None:
+    one = run(make(), 0, 0.1)
+    one.record.measured = {"profile": ONE_PROFILE}
+    section = titled(build(named("profile"), [one]).sections, "Where a step")
+    assert section.text[1:] == ["qwen2.5-7b: the profile's parts make the unprofiled step within 5 %"]
+
+
+def test_pairs_table(make: Make, named: Named) -> None:
+    """Ratios 1.2, 1.2 and 1.5: mean 1.3, Student's half width 4.3027 * sqrt(.01) = .4303, and of 27 resampled means
+    8 are the least and one the greatest, both over 2.5 %."""
+    [row] = rows(
+        titled(build(named("graphs_ab"), arms(make, (12.0, 12.0, 15.0), (10.0,) * 3)).sections, "eager against")
+    )
+    assert (row["eager ms"], row["cuda_graph ms"], row["difference ms"]) == ("13.000", "10.000", "3.000")
+    assert (row["speedup"], row["across"]) == ("1.3000", "13.32%")
+    assert (row["t 95 %"], row["bootstrap 95 %"]) == ("[0.8697, 1.7303]", "[1.2000, 1.5000]")
+
+
+def test_a_picture_of_pairs_has_each_session_and_the_thresholds_of_its_own_block(make: Make, named: Named) -> None:
+    """The study's rule is of ctx 2048 on a GPU above 2 TB/s: at 8192 there is nothing to be killed by."""
+    found = [*arms(make, (12.0, 15.0), (10.0, 10.0))[2:], *arms(make, (12.0, 15.0), (10.0, 10.0), "context=8192")]
+    section = titled(build(named("graphs_ab"), found).sections, "eager against")
+    short, long = section.figures() if section.figures else []
+    assert [list(trace.y) for trace in short.data] == [[15.0, 10.0], [1.5]]
+    assert list(short.layout.xaxis2.ticktext) == ["1"]
+    assert [list(trace.y) for trace in long.data] == [[12.0, 10.0], [15.0, 10.0], [1.2, 1.5]]
+    assert [(line.y0, line.line.color) for line in short.layout.shapes] == [(1.5, "#3465a4"), (1.15, "#cc0000")]
+    assert [note.text for note in short.layout.annotations][2:] == ["killed below 1.15"]
+    assert 1.15 not in [line.y0 for line in long.layout.shapes]
+
+
+def test_the_steps_of_each_run_have_their_quantiles(make: Make, named: Named) -> None:
+    one, lost = (
+        run(make(), 0, 30.0),
+        run(make(), 1, 1.0, session=1, outcome=Outcome.OOM, metrics={}, step_times_ms=[]),
+    )
+    one.record.step_times_ms = [float(time) for time in range(20, 41)]
+    told = rows(titled(build(named("matrix"), [one, lost]).sections, "Step times"))
+    assert [[*row.values()][1:] for row in told] == [["0", "21", "20.000", "22.000", "30.000", "38.000", "40.000"]]
+
+
+def test_one_gpu_is_no_ladder_and_gets_no_picture(make: Make, named: Named) -> None:
+    def drawn(found: Sequence[Observation]) -> list[list[float]]:
+        section = titled(build(named("cost"), found, prices={"h100": 36.0, "l4": 3.6}).sections, "$/Mtok")
+        return [list(figure.data[0].x) for figure in (section.figures() if section.figures else [])]
+
+    alone = run(make(), 0, 10.0)
+    assert drawn([alone]) == []
+    assert drawn([alone, run(make(gpu="l4"), 1, 50.0)]) == [pytest.approx([50.0, 100.0])]
+
+
+def test_a_median_is_no_mean(make: Make) -> None:
+    [one] = cells([run(make(), place, tpot, session=place) for place, tpot in enumerate((1.0, 2.0, 9.0))])
+    assert (one.median("median_tpot_ms"), one.mean("median_tpot_ms")) == (2.0, 4.0)

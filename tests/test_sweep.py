@@ -95,6 +95,7 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
         (["model=tiny,qwen2.5-0.5b"], "add -m: python runner.py -m model=tiny,qwen2.5-0.5b"),
         (["-m", "model=qwen2.5-0.5b,tiny", "context=512,5000"], "(in: model=tiny context=5000)"),
         (["-m", "tracking.experiment=a,b"], "one tracking for all of its cells"),
+        (["-m", "experiment=matrix,quant"], "one number of sessions for all of its cells: give protocol.sessions=N"),
         (["model._target_=os.system"], "_target_"),
         (["hydra.callbacks=null"], "hydra.callbacks=null: of Hydra's own keys a call may set"),
         (["--config-dir", "/tmp"], "--config-dir"),
@@ -666,7 +667,7 @@ def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPat
         return Told()
 
     told: Any = Told()
-    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([cell], [sweep.Job([], cell, 0)]))
+    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([cell], [sweep.Job([], cell, 0)], "20260701-101010-abcd", 0))
     monkeypatch.setattr(sweep, "_running", sweep.Running(told, told))
     monkeypatch.setattr(sweep, "_planner", lambda: pytest.fail("planned again"))
     monkeypatch.setattr("registry.run.run_cell", run_cell)
@@ -682,7 +683,7 @@ def test_what_fails_outside_every_cell_ends_the_call_with_1(monkeypatch: pytest.
     def fail(*_: Any) -> int:
         raise OSError("no space left")
 
-    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([], []))
+    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([], [], "20260701-101010-abcd", 0))
     monkeypatch.setattr(sweep, "run", fail)
     with pytest.raises(SystemExit) as caught:
         sweep.SweepCallback().on_multirun_start(OmegaConf.create())

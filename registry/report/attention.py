@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from registry.report.document import Row, Section, Table
-from registry.report.labels import label, number, percent, varying
-from registry.report.observation import AGAIN, PLAIN, cells
-from registry.report.pieces import bars, not_measured
+from registry.report.labels import label, named, number, percent, varying
+from registry.report.observation import AGAIN, PLAIN, cells, only, same_software
+from registry.report.pieces import points
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from registry.report.observation import Measured, Observation
 
 KIND = "attention"
+SPARE = ("MB/call", "cosine", "events us/call", "across", "within", "n")
 CALL = "median_call_us"
 TOTAL = "layers_total_ms"
 
@@ -29,48 +30,63 @@ def attention(observations: Sequence[Observation]) -> list[Section]:
     steps = [one for one in cells([one for one in observations if one.record.kind != KIND]) if one.ok]
     if not kernels:
         return []
-    axes = [axis for axis in varying([one.config for one in kernels]) if axis != "cache"]
-    headings = [*axes, "outcome", "n", "us/call", "events us/call", "across", "all layers ms", "share of step"]
+    axes = varying(kernels)
+    headings = [
+        *axes,
+        "outcome",
+        "n",
+        "us/call",
+        "events us/call",
+        "within",
+        "across",
+        "all layers ms",
+        "share of step",
+    ]
     headings += ["MB/call", "GB/s", "cosine"]
     rows = [_row(one, axes, steps) for one in kernels]
     text = [
         "A call attends with one token to the context and itself; the calls rotate over 32 caches. us/call is the "
-        "median over the sessions of each one's median: eagerly wall clock with a synchronise around each call, so "
-        "dispatch and kernel; in a graph a replay of 32 calls, divided by them, so the kernel. events lets the host "
-        "run ahead. The share is that of all layers' calls in the second visit's median step, revisit_median_tpot_ms "
-        "of the one cell with the same model, launch and cache, attention=sdpa, quant=none and backend=hf; where "
-        "there is no such cell, or are several, there is no share. A kernel in a graph has none: that launch's step "
-        "has a static cache. GB/s are the bytes of keys, values, query and output over us/call.",
+        "median over the sessions of each one's median: eagerly wall clock with a synchronise around each call, "
+        "so dispatch and kernel; in a graph a replay of 32 calls, divided by them, so the kernel. events lets the "
+        "host run ahead. within and across are coefficients of variation of the calls of a session and of the "
+        "sessions' medians; single calls in a graph vary more than the means that its replays give. GB/s are the "
+        "bytes of keys, values, query and output over us/call.",
+        "The share is that of all layers' calls in the second visit's median step, revisit_median_tpot_ms, of the "
+        "one cell with the same model, launch and cache, attention=sdpa, quant=none and backend=hf; where there "
+        "is no such cell, or are several, there is no share. A kernel in a graph has none: that launch's step has "
+        "a static cache.",
         _enabled(kernels),
     ]
     return [
-        Section("Kernels", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(kernels)),
-        *not_measured(kernels, axes),
+        Section("Kernels", text, [Table(headings, rows, len(axes) + 1, SPARE)], lambda: _calls(kernels, axes), True)
     ]
 
 
 def _row(one: Measured, axes: Sequence[str], steps: Sequence[Measured]) -> Row:
     runs = f"{len(one.ok)}/{len(one.observations)}"
     if not one.ok:
-        return Row([*label(one.config, axes), one.outcome, runs, *[""] * 8], one.observations)
-    own = [step for step in steps if _same_step(step, one)]
-    step = own[0] if len(own) == 1 else None
+        return Row([*label(one, axes), one.outcome, runs, *[""] * 9], one.observations)
+    step = only(step for step in steps if _same_step(step, one))
     total, whole = one.median(TOTAL), step.median(AGAIN) if step else None
     size = one.median("call_bytes")
     figures = [number(one.median(CALL), 2), number(one.median("event_median_call_us"), 2)]
-    figures += [percent(one.spread_of(CALL)), number(total, 3)]
+    figures += [_within(one), percent(one.spread_of(CALL)), number(total, 3)]
     figures += [f"{total / whole:.1%}" if total and whole else "", number(size / 1e6 if size else None, 2)]
     figures += [number(one.median("call_gbs"), 0), number(one.median("output_cosine"), 5)]
-    return Row(
-        [*label(one.config, axes), one.outcome, runs, *figures], [*one.observations, *(step.ok if step else ())]
-    )
+    return Row([*label(one, axes), one.outcome, runs, *figures], [*one.observations, *(step.ok if step else ())])
+
+
+def _within(one: Measured) -> str:
+    """Spread of what was timed in a session: calls, or in a graph means of the calls that one replay makes."""
+    calls = one.ok[0].record.measured.get("calls_a_launch", 1)
+    return percent(one.spread.within) + (f" of {calls}-call means" if calls > 1 else "")
 
 
 def _same_step(step: Measured, kernel: Measured) -> bool:
     """Whether a step is the plain one of a kernel's model, launch and cache."""
     mine, theirs = kernel.config, step.config
     return (
-        step.device == kernel.device
+        same_software(step, kernel)
         and all(theirs[group] == mine[group] for group in ("model", "execution"))
         and all(theirs["protocol"][key] == mine["protocol"][key] for key in ("context", "batch_size"))
         and all(theirs[axis]["name"] == name for axis, name in PLAIN.items())
@@ -84,23 +100,23 @@ def _enabled(kernels: Sequence[Measured]) -> str:
     return f"What scaled_dot_product_attention may choose from: {told}{differ}." if flags else ""
 
 
-def _bars(kernels: Sequence[Measured]) -> list[Any]:
+def _calls(kernels: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
     from plotly import graph_objects as go
 
     figures = []
+    told = ["attention", *(axis for axis in axes if axis not in ("attention", "model", "execution"))]
     for model in dict.fromkeys(one.config["model"]["name"] for one in kernels):
         figure = go.Figure()
         own = [one for one in kernels if one.config["model"]["name"] == model and one.ok]
         for launch, color in (("eager", "#a8c0e0"), ("cuda_graph", "#3465a4")):
             shown = [one for one in own if one.config["execution"]["name"] == launch]
-            names = [one.config["attention"]["name"] for one in shown]
-            figure.add_trace(bars(shown, names, CALL, launch, color))
-        kinds = {one.config["attention"]["name"] for one in own}
+            names = [named(one, told) for one in shown]
+            figure.add_trace(points(shown, names, CALL, launch, color))
+        kinds = {named(one, told) for one in own}
         figure.update_layout(
             title=f"one call at the shape of {model}: median, least and greatest session",
             xaxis={"title": "us, logarithmic", "type": "log"},
-            barmode="group",
-            height=160 + 50 * len(kinds),
+            height=180 + 34 * len(kinds),
         )
         figure.update_yaxes(autorange="reversed", automargin=True)
         figures.append(figure)

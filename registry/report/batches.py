@@ -5,60 +5,88 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from registry.report.document import Row, Section, Table
-from registry.report.labels import number
-from registry.report.observation import TPOT, cells
+from registry.report.labels import label, named, number, percent, varying
+from registry.report.observation import TPOT, apart_from, cells, only, same_software
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from registry.report.observation import Measured, Observation
 
+BATCH = "protocol.batch_size"
+SHOWN = ("gpu", "model", "execution", "context", "batch_size")
+"""Axes that have a column of their own, whether they vary or not."""
+
 
 def batches(observations: Sequence[Observation]) -> list[Section]:
     """Step time and tokens a second by batch size, each against batch 1 of the same cell."""
     found = sorted((one for one in cells(observations) if one.ok), key=_place)
-    alone = {_apart_from_batch(one): one for one in found if _batch(one) == 1}
-    rows = [_row(one, alone[key]) for one in found if (key := _apart_from_batch(one)) in alone]
-    headings = ["GPU", "execution", "context", "batch", "TPOT ms", "latency", "tok/s", "throughput", "decode peak GB"]
-    text = (
-        "latency and throughput are ratios to batch 1 of the same execution and context; tokens a second are batch / "
-        "median step time.",
-    )
-    return [Section("Batch size", text, [Table(headings, rows, text_columns=2)], lambda: _curves(found))]
+    axes = [axis for axis in varying(found) if axis not in SHOWN] if found else []
+    rows = [_row(one, alone, axes) for one in found if (alone := _alone(one, found))]
+    headings = ["GPU", "model", "execution", *axes, "context", "batch", "TPOT ms", "within", "across"]
+    headings += ["latency", "tok/s", "throughput"]
+    text = [
+        "latency and throughput are ratios to the one cell of batch 1 with the same configuration otherwise, device "
+        "and software; tokens a second are batch / median step time. within and across are coefficients of "
+        "variation of the steps in a session and of the sessions' medians.",
+    ]
+    if left := [one for one in found if not _alone(one, found)]:
+        text.append(f"Without one cell of batch 1 to be set against: {len(left)} cells.")
+    table = Table([*headings, "decode peak GB"], rows, 5 + len(axes), ("decode peak GB", "within", "across"))
+    return [Section("Batch size", text, [table], lambda: _curves(found, axes), True)]
 
 
 def _batch(one: Measured) -> int:
     return int(one.config["protocol"]["batch_size"])
 
 
-def _apart_from_batch(one: Measured) -> tuple[str, str, str, int]:
+def _alone(one: Measured, found: Sequence[Measured]) -> Measured | None:
+    """The cell of batch 1 that differs in nothing else."""
+    own = apart_from(one, BATCH)
+    return only(
+        other
+        for other in found
+        if _batch(other) == 1
+        and other.copy == one.copy
+        and apart_from(other, BATCH) == own
+        and same_software(other, one)
+    )
+
+
+def _place(one: Measured) -> tuple[str, str, str, int, str, int]:
     c = one.config
-    return one.device, c["model"]["name"], c["execution"]["name"], c["protocol"]["context"]
+    names = c["gpu"]["name"], c["model"]["name"], c["execution"]["name"], c["protocol"]["context"]
+    return *names, apart_from(one, BATCH), _batch(one)
 
 
-def _place(one: Measured) -> tuple[tuple[str, str, str, int], int]:
-    return _apart_from_batch(one), _batch(one)
-
-
-def _row(one: Measured, alone: Measured) -> Row:
+def _row(one: Measured, alone: Measured, axes: Sequence[str]) -> Row:
     c, batch = one.config, _batch(one)
     step, first = one.median(TPOT) or 0.0, alone.median(TPOT) or 0.0
-    figures = [number(step, 2), f"x{step / first:.2f}", number(batch / step * 1e3, 1), f"x{batch * first / step:.2f}"]
-    names = [c["gpu"]["name"], c["execution"]["name"], str(c["protocol"]["context"]), str(batch)]
-    return Row([*names, *figures, number(one.median("decode_peak_memory_gb"), 2)], one.ok)
+    figures = [
+        number(step, 2),
+        percent(one.spread.within),
+        percent(one.spread.across),
+        f"x{step / first:.2f}",
+        number(batch / step * 1e3, 1),
+        f"x{batch * first / step:.2f}",
+    ]
+    names = [c["gpu"]["name"], c["model"]["name"], c["execution"]["name"], *label(one, axes)]
+    names += [str(c["protocol"]["context"]), str(batch)]
+    return Row([*names, *figures, number(one.median("decode_peak_memory_gb"), 2)], [*one.ok, *alone.ok])
 
 
-def _curves(found: Sequence[Measured]) -> list[Any]:
+def _curves(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
     from plotly import graph_objects as go
 
     figure = go.Figure()
-    groups: dict[tuple[str, str, str, int], list[Measured]] = {}
+    groups: dict[str, list[Measured]] = {}
     for one in found:
-        groups.setdefault(_apart_from_batch(one), []).append(one)
-    for (_, _, execution, context), members in groups.items():
+        names = ["execution", *axes, "context"]
+        groups.setdefault(named(one, names), []).append(one)
+    for name, members in groups.items():
         if len(members) > 1:
             sizes, times = [_batch(one) for one in members], [one.median(TPOT) for one in members]
-            figure.add_trace(go.Scatter(x=sizes, y=times, name=f"{execution}, ctx {context}", mode="lines+markers"))
+            figure.add_trace(go.Scatter(x=sizes, y=times, name=name, mode="lines+markers"))
     figure.update_layout(
         xaxis={"title": "batch", "dtick": 1}, yaxis={"title": "step time, ms", "rangemode": "tozero"}
     )

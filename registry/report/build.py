@@ -15,6 +15,7 @@ from registry.report.matrix import matrix
 from registry.report.observation import latest, pairs
 from registry.report.page import html
 from registry.report.paired import paired
+from registry.report.pieces import not_measured, weakened
 from registry.report.prices import prices as priced
 from registry.report.profiles import profiles
 from registry.report.steps import steps
@@ -45,6 +46,8 @@ SECTIONS: dict[str, Maker] = {
     "steps": lambda runs, *_: steps(runs),
 }
 """What an experiment's `report` may name."""
+OF_STEPS = ("batches", "matrix", "pairs", "variants", "profiles", "steps")
+"""Sections on decode steps alone, which have no use for an attention kernel's calls."""
 PAGE, MARKDOWN = "report.html", "report.md"
 
 
@@ -67,11 +70,21 @@ def build(
     if claimed := [one for one in registrations if one.experiment.claims]:
         # What was registered last is what is paired and drawn; each sweep is judged by its own registration.
         experiment = _as_registered(experiment, max(claimed, key=lambda one: one.registered_at).experiment)
-    found, hourly = pairs(observations, experiment), priced(observations, prices or {})
+    steps_alone = [one for one in observations if one.record.kind == "step"]
+    found, hourly = pairs(steps_alone, experiment), priced(observations, prices or {})
     report = Report(experiment.name, experiment.question, facts(observations))
     for name in experiment.report:
-        report.sections += SECTIONS[name](observations, found, experiment, hourly)
-    report.verdicts = verdicts(observations, registrations, today)
+        if name not in OF_STEPS:
+            report.sections += SECTIONS[name](observations, found, experiment, hourly)
+        elif steps_alone:
+            report.sections += SECTIONS[name](steps_alone, found, experiment, hourly)
+    if experiment.cells:  # one without cells of its own tells of all that was ever run
+        report.sections += not_measured(observations)
+    report.sections += weakened([one for _, one in report.numbered().values()])
+    if left := len(observations) - len(steps_alone):
+        names = [name for name in experiment.report if name in OF_STEPS]
+        report.facts += [f"left out of {', '.join(names)}: {left} runs of attention kernels alone"] if names else []
+    report.verdicts = verdicts(steps_alone, registrations, today)
     return report
 
 

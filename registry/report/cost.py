@@ -70,10 +70,7 @@ def cost(observations: Sequence[Observation], prices: Mapping[str, float]) -> li
         prices: Dollars an hour by GPU profile.
     """
     priced, best = _priced(observations, prices), ladders(observations, prices)
-    axes = [
-        axis for axis in varying([one.config for one in priced]) if axis not in ("model", "context", "batch_size")
-    ]
-    axes = [axis for axis in axes if axis not in ("gpu", "cache", "seed")]
+    axes = [axis for axis in varying(priced) if axis not in ("model", "context", "batch_size", "gpu")]
     headings = ["model", "context", "batch", "GPU", *axes, "$/h", "TPOT ms", "$/Mtok", "times the cheapest"]
     rows = [row for workload, ladder in sorted(best.items()) for row in _rows(workload, ladder, axes)]
     unpriced = sorted(
@@ -88,7 +85,7 @@ def cost(observations: Sequence[Observation], prices: Mapping[str, float]) -> li
             f"Without a measured step and a price: {', '.join(unpriced)}; price.GPU=DOLLARS_AN_HOUR gives one."
         )
     table = Table(headings, rows, text_columns=4 + len(axes))
-    return [Section("$/Mtok with the best lever of each GPU", text, [table], lambda: _ladder(best))]
+    return [Section("$/Mtok with the best lever of each GPU", text, [table], lambda: _ladder(best), True)]
 
 
 def _workload(one: Measured) -> Workload:
@@ -108,7 +105,7 @@ def _rows(workload: Workload, ladder: Mapping[str, Rung], axes: Sequence[str]) -
     return [
         Row(
             [
-                *(model, str(context), str(batch), gpu, *label(rung.cell.config, axes)),
+                *(model, str(context), str(batch), gpu, *label(rung.cell, axes)),
                 *(number(rung.price, 2), number(rung.cell.median(TPOT), 2)),
                 *(number(rung.dollars, 2), f"{rung.dollars / least:.2f}"),
             ],
@@ -123,6 +120,8 @@ def _ladder(best: Mapping[Workload, Mapping[str, Rung]]) -> list[Any]:
 
     figures = []
     for (model, context, batch), ladder in sorted(best.items()):
+        if len(ladder) == 1:
+            continue  # one rung is no ladder; the table has it
         ranked = sorted(ladder.items(), key=lambda item: item[1].dollars)
         figure = go.Figure(
             go.Bar(

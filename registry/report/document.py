@@ -34,11 +34,13 @@ class Table:
         headings: One a column.
         rows: As many cells each as there are headings.
         text_columns: How many columns at the left are text; the others are numbers.
+        spare: Headings of the columns that a narrow window goes without, the most dispensable first.
     """
 
     headings: Sequence[str]
     rows: Sequence[Row]
     text_columns: int = 1
+    spare: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Section:
         text: Paragraphs, plain.
         tables: Its figures.
         figures: Makes Plotly figures when a page is drawn.
+        on_terminal: Whether its tables are shown at the end of a sweep too.
     """
 
     title: str
     text: Sequence[str] = ()
     tables: Sequence[Table] = ()
     figures: Callable[[], list[Any]] | None = None
+    on_terminal: bool = False
 
 
 @dataclass

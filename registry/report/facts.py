@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from registry.display import axes_of
-from registry.report.labels import varying
+from registry.report.labels import PACKAGES, tiers
+from registry.report.observation import cells
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from registry.report.observation import Observation
-
-TOLD = ("torch", "transformers")
-"""Packages whose versions are named."""
 
 
 def facts(observations: Sequence[Observation]) -> list[str]:
@@ -26,17 +23,27 @@ def facts(observations: Sequence[Observation]) -> list[str]:
     lines = [f"device: {_all(one.device for one in observations)}"]
     if drivers := _all(device.get("driver", "") for device in devices):
         lines.append(f"driver: {drivers}")
-    for package in TOLD:
-        lines.append(f"{package}: {_all(e.get('versions', {}).get(package, '') for e in environments)}")
-    lines.append(
-        f"rfloor's commit: {_all(e.get('git', {}).get('commit', '')[:12] for e in environments) or 'not known'}"
-    )
+    versions = [environment.get("versions", {}) for environment in environments]
+    others = sorted({name for each in versions for name in each} - {*PACKAGES})
+    for package in [*PACKAGES, *others]:
+        lines.append(f"{package}: {_all(each.get(package, '') for each in versions) or 'not known'}")
+    lines.append(f"rfloor's commit: {_all(_commit(e.get('git', {})) for e in environments) or 'not known'}")
     days = [record.started_at[:10] for record in found]
     lines.append(f"measured: {min(days)}" if min(days) == max(days) else f"measured: {min(days)} to {max(days)}")
-    configs = [record.config for record in found]
-    differing = varying(configs)
-    same = [f"{axis}={value}" for axis, value in axes_of(configs[0]).items() if axis not in differing]
+    measured = cells(observations)
+    chosen = [tiers(one)[0] for one in measured]
+    same = [f"{axis}={value}" for axis, value in chosen[0].items() if all(each.get(axis) == value for each in chosen)]
     return [*lines, f"every cell: {' '.join(same)}"]
+
+
+def _commit(git: Mapping[str, str]) -> str:
+    """The commit, and whether the code was not as it stands there."""
+    commit = git.get("commit", "")[:12]
+    return (
+        f"{commit} with changes that are in no commit"
+        if commit and str(git.get("dirty")).lower() == "true"
+        else commit
+    )
 
 
 def _all(values: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from registry.report.document import Row, Section, Table
-from registry.report.labels import label, number, percent, varying
+from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import TPOT, cells
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from registry.report.observation import Measured, Observation
 
+RATIO = "r_floor"
 FIGURES = (
     ("TPOT ms", TPOT, 2),
     ("again ms", "revisit_median_tpot_ms", 2),
@@ -23,28 +24,29 @@ FIGURES = (
     ("mbu", "mbu", 3),
     ("decode peak GB", "decode_peak_memory_gb", 2),
 )
+SPARE = ("decode peak GB", "within", "across", "again ms", "mbu")
 
 
 def matrix(observations: Sequence[Observation]) -> list[Section]:
     """One row a cell, one row a GPU, and a heat map of models over contexts."""
     found = cells(observations)
-    axes = varying([one.config for one in found])
+    axes = varying(found)
     headings = [*axes, "outcome", "n", *(heading for heading, *_ in FIGURES), "within", "across"]
-    table = Table(headings, [_row(one, axes) for one in found], text_columns=len(axes) + 1)
+    table = Table(headings, [_row(one, axes) for one in found], text_columns=len(axes) + 1, spare=SPARE)
+    kinds = ["gpu", *(axis for axis in axes if axis not in ("gpu", "model", "context"))]
     distribution = Table(
-        ["GPU", "cells", "min", "median", "max"],
-        [_distribution(gpu, ratios, runs) for gpu, ratios, runs in _by_gpu(found)],
+        [*("GPU" if kind == "gpu" else kind for kind in kinds), "cells", "min", "median", "max"],
+        [_distribution(names, own) for names, own in _by_kind(found, kinds)],
+        text_columns=len(kinds),
     )
-    why = [f"{' '.join(label(one.config, axes))}: {one.outcome}: {one.reason}" for one in found if one.reason]
     text = [
         "TPOT is the median over the sessions of each one's median step time; within and across are coefficients of "
         "variation of step times in a session and of the sessions' medians. again is the same positions walked a "
         "second time.",
-        *why,
     ]
     return [
-        Section("Cells", text, [table], lambda: _heat(found)),
-        Section("R_floor of each GPU", (), [distribution]),
+        Section("Cells", text, [table], lambda: _heat(found, kinds), True),
+        Section("R_floor of each GPU", (), [distribution], on_terminal=True),
     ]
 
 
@@ -53,38 +55,35 @@ def _row(one: Measured, axes: Sequence[str]) -> Row:
     spread = one.spread if one.ok else None
     spreads = [percent(spread.within), percent(spread.across)] if spread else ["", ""]
     return Row(
-        [*label(one.config, axes), one.outcome, f"{len(one.ok)}/{len(one.observations)}", *figures, *spreads],
+        [*label(one, axes), one.outcome, f"{len(one.ok)}/{len(one.observations)}", *figures, *spreads],
         one.observations,
     )
 
 
-def _by_gpu(found: Sequence[Measured]) -> list[tuple[str, list[float], list[Observation]]]:
-    groups: dict[str, tuple[list[float], list[Observation]]] = {}
+def _by_kind(found: Sequence[Measured], kinds: Sequence[str]) -> list[tuple[list[str], list[Measured]]]:
+    """The measured cells that differ in model and context alone."""
+    groups: dict[tuple[str, ...], list[Measured]] = {}
     for one in found:
-        ratio = one.median("r_floor")
-        if ratio is not None:
-            ratios, runs = groups.setdefault(one.config["gpu"]["name"], ([], []))
-            ratios.append(ratio)
-            runs.extend(one.ok)
-    return [(gpu, *group) for gpu, group in groups.items()]
+        if one.median(RATIO) is not None:
+            groups.setdefault(tuple(label(one, kinds)), []).append(one)
+    return [([*names], own) for names, own in groups.items()]
 
 
-def _distribution(gpu: str, ratios: Sequence[float], runs: Sequence[Observation]) -> Row:
+def _distribution(names: Sequence[str], own: Sequence[Measured]) -> Row:
+    ratios = [ratio for one in own if (ratio := one.median(RATIO)) is not None]
     three = (min(ratios), float(np.median(ratios)), max(ratios))
-    return Row([gpu, str(len(ratios)), *(number(ratio, 3) for ratio in three)], runs)
+    figures = [number(ratio, 3) for ratio in three]
+    return Row([*names, str(len(ratios)), *figures], [run for one in own for run in one.ok])
 
 
-def _heat(found: Sequence[Measured]) -> list[Any]:
+def _heat(found: Sequence[Measured], kinds: Sequence[str]) -> list[Any]:
     from plotly import graph_objects as go
 
     figures = []
-    for gpu in dict.fromkeys(one.config["gpu"]["name"] for one in found):
-        own = [one for one in found if one.config["gpu"]["name"] == gpu and one.ok]
+    for _, own in _by_kind(found, kinds):
         models = list(dict.fromkeys(one.config["model"]["name"] for one in own))
         contexts = sorted({one.config["protocol"]["context"] for one in own})
-        ratio = {
-            (one.config["model"]["name"], one.config["protocol"]["context"]): one.median("r_floor") for one in own
-        }
+        ratio = {(one.config["model"]["name"], one.config["protocol"]["context"]): one.median(RATIO) for one in own}
         values = [[ratio.get((model, context)) for context in contexts] for model in models]
         if values:
             figure = go.Figure(
@@ -101,7 +100,9 @@ def _heat(found: Sequence[Measured]) -> list[Any]:
                 )
             )
             figure.update_layout(
-                title=f"r_floor on {gpu}", xaxis_title="context, tokens", height=190 + 60 * len(models)
+                title=f"r_floor on {named(own[0], kinds)}",
+                xaxis_title="context, tokens",
+                height=190 + 60 * len(models),
             )
             figures.append(figure)
     return figures

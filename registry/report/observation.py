@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ import numpy as np
 from registry import stats
 from registry.display import place_of
 from registry.outcome import Outcome
-from registry.schema import UNTIMED
+from registry.repeats import by_cell
+from registry.report.labels import telling, tiers
+from registry.schema import what_decides
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -57,9 +60,11 @@ class Measured:
 
     Attributes:
         observations: Its runs, in the order in which they began.
+        copy: Of a cell that a call asks for several times which this is, from 0.
     """
 
     observations: tuple[Observation, ...]
+    copy: int = 0
 
     @property
     def config(self) -> dict[str, Any]:
@@ -106,8 +111,8 @@ class Measured:
 
     @property
     def spread(self) -> stats.Spread:
-        """Of the step times, within and across the sessions that have some."""
-        return stats.spread([o.record.step_times_ms for o in self.ok])
+        """Of what was timed, steps or a kernel's calls, within and across the sessions that have some."""
+        return stats.spread([o.record.step_times_ms or o.record.call_times_us for o in self.ok])
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,13 @@ class Pair:
         baseline: The one arm's runs, session by session.
         candidate: The other arm's, of the same sessions.
         comparison: What they say.
+        label: The block in a few words, which no other pair of the report has.
     """
 
     baseline: Measured
     candidate: Measured
     comparison: stats.Comparison
+    label: str = ""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -147,14 +154,17 @@ def latest(observations: Iterable[Observation]) -> list[Observation]:
 
 def cells(observations: Sequence[Observation]) -> list[Measured]:
     """The runs of each cell together; within a cell in the order in which they began."""
-    groups: dict[str, list[Observation]] = {}
-    for one in sorted(observations, key=lambda o: o.record.started_at):
-        groups.setdefault(_identity(one), []).append(one)
-    return sorted((Measured(tuple(group)) for group in groups.values()), key=lambda one: place_of(one.config))
+    ordered = sorted(observations, key=lambda o: o.record.started_at)
+    groups = by_cell(ordered, lambda one: one.record)
+    found = [Measured(tuple(group), copy) for (_, copy), group in groups.items()]
+    return sorted(found, key=lambda one: place_of(one.config))
 
 
 def pairs(observations: Sequence[Observation], experiment: ExperimentConfig) -> list[Pair]:
-    """The blocks that an experiment compares, each over the sessions in which both arms have figures.
+    """The cells that an experiment compares, each two over the sessions in which both have figures.
+
+    An arm is a cell, not a name: an eager step on a static cache and one on a dynamic cache are two baselines, each
+    with a pair of its own, and so is a cell on another version of PyTorch.
 
     Args:
         observations: Runs of the experiment; of other sweeps too, whose sessions are sessions of their own.
@@ -163,32 +173,83 @@ def pairs(observations: Sequence[Observation], experiment: ExperimentConfig) -> 
     group = experiment.arms
     if group is None:
         return []
-    blocks: dict[str, dict[tuple[str, int], dict[str, Observation]]] = {}
-    for one in observations:
-        if one.record.outcome is not Outcome.OK:
-            continue
-        arm = one.record.config[group]["name"]
-        block = blocks.setdefault(_identity(one, without=group), {})
-        block.setdefault((one.record.sweep_id, one.record.session), {})[arm] = one
+    measured = [one for one in cells(observations) if one.ok]
+    baselines, candidates = (
+        [one for one in measured if one.config[group]["name"] == name]
+        for name in (experiment.baseline, experiment.candidate)
+    )
     found = []
-    for sessions in blocks.values():
-        both = [
-            (arms[experiment.baseline], arms[experiment.candidate])
-            for _, arms in sorted(sessions.items())
-            if experiment.baseline in arms and experiment.candidate in arms
-        ]
-        if both:
-            baseline, candidate = (Measured(tuple(arm)) for arm in zip(*both, strict=True))
-            ratio = stats.compare(baseline.values(TPOT), candidate.values(TPOT), seed=0)
-            found.append(Pair(baseline, candidate, ratio))
-    return sorted(found, key=lambda pair: _place(pair.config))
+    for one in baselines:
+        for other in candidates:
+            if one.copy == other.copy and apart_from(one, group) == apart_from(other, group):
+                mine, theirs = _by_session(one), _by_session(other)
+                both = [place for place in sorted(mine) if place in theirs]
+                if both:
+                    baseline, candidate = (
+                        Measured(tuple(arm[place] for place in both), one.copy) for arm in (mine, theirs)
+                    )
+                    ratio = stats.compare(baseline.values(TPOT), candidate.values(TPOT), seed=0)
+                    found.append(Pair(baseline, candidate, ratio))
+    names = _labels(found, group)
+    told = [dataclasses.replace(pair, label=name) for pair, name in zip(found, names, strict=True)]
+    return sorted(told, key=lambda pair: _place(pair.config))
 
 
-def _identity(one: Observation, without: str = "") -> str:
-    """What two runs have in common that are sessions of one cell, whatever they were allowed to take."""
-    config = {group: part for group, part in one.record.config.items() if group != without}
-    config["protocol"] = {key: value for key, value in config["protocol"].items() if key not in UNTIMED}
+def _by_session(one: Measured) -> dict[tuple[str, int], Observation]:
+    return {(run.record.sweep_id, run.record.session): run for run in one.ok}
+
+
+def _labels(found: Sequence[Pair], group: str) -> list[str]:
+    """A name for each pair: GPU, model, context, batch, and whatever else tells it from the others."""
+    places = []
+    for pair in found:
+        own, other = tiers(pair.baseline), tiers(pair.candidate)
+        theirs = {f"{pair.candidate.config[group]['name']}'s {axis}": v for tier in other for axis, v in tier.items()}
+        places.append([{axis: v for axis, v in own[0].items() if axis != group}, *own[1:], theirs])
+    axes = [axis for axis in telling(places) if axis not in ("gpu", "model", "context", "batch_size")]
+    told = []
+    for pair, place in zip(found, places, strict=True):
+        c, whole = pair.config, {axis: value for tier in place for axis, value in tier.items()}
+        protocol = f"ctx {c['protocol']['context']}, batch {c['protocol']['batch_size']}"
+        rest = [f"{axis}={whole.get(axis, '')}" for axis in axes]
+        told.append(", ".join([c["gpu"]["name"], c["model"]["name"], protocol, *rest]))
+    return told
+
+
+def apart_from(one: Measured, *dropped: str) -> str:
+    """What a cell has in common with those that differ from it in some groups or dotted keys alone."""
+    config = what_decides(one.config)
+    for key in dropped:
+        group, _, rest = key.partition(".")
+        if rest:
+            config[group] = {name: value for name, value in config[group].items() if name != rest}
+        else:
+            config.pop(group, None)
     return json.dumps([config, one.device], sort_keys=True)
+
+
+def same_software(one: Measured, other: Measured) -> bool:
+    """Whether two cells ran on the same device, driver and versions of the packages that both need.
+
+    Of two backends, one of which may live in an environment of its own, it is torch that both need.
+    """
+    mine, theirs = (cell.observations[0].record.environment for cell in (one, other))
+    versions, others = mine.get("versions", {}), theirs.get("versions", {})
+    drivers = [environment.get("device", {}).get("driver") for environment in (mine, theirs)]
+    shared = versions.keys() & others.keys()
+    if one.config["backend"]["name"] != other.config["backend"]["name"]:
+        shared &= {"torch"}
+    return (
+        one.device == other.device
+        and drivers[0] == drivers[1]
+        and all(versions[name] == others[name] for name in shared)
+    )
+
+
+def only(found: Iterable[Measured]) -> Measured | None:
+    """The cell that others are set against; `None` where there is none, or no telling which of several."""
+    several = [*found]
+    return several[0] if len(several) == 1 else None
 
 
 def _place(config: dict[str, Any]) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from registry import stats
 from registry.experiments import applies, matches
 from registry.report.document import Row, Section, Table
-from registry.report.labels import number, percent
+from registry.report.labels import counted, number, percent
 from registry.report.observation import TPOT
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Judged:
 
     def __str__(self) -> str:
         found = self.pair.comparison
-        told = f"mean speedup {found.mean:.3f}, {_interval(found.student)} at {len(found.ratios)} sessions"
+        told = f"mean speedup {found.mean:.3f}, {_interval(found.student)} at {counted(len(found.ratios), 'session')}"
         return (
             f"{self.verdict.value}: {self.claim.claim} ({block(self.pair)}; {told}; killed if the mean is "
             f"{self.claim.killed_if} {self.claim.speedup:g})"
@@ -53,9 +53,7 @@ def judged(pairs: Sequence[Pair], experiment: ExperimentConfig, only: ClaimConfi
 
 def block(pair: Pair) -> str:
     """A block in a few words."""
-    protocol = pair.config["protocol"]
-    names = f"{pair.config['gpu']['name']}, {pair.config['model']['name']}"
-    return f"{names}, ctx {protocol['context']}, batch {protocol['batch_size']}"
+    return pair.label
 
 
 def paired(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Section]:
@@ -65,10 +63,13 @@ def paired(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Section]
         ["block", "sessions", f"{one} ms", "within", "across", f"{other} ms", "within", "across", "difference ms",
          "speedup", "t 95 %", "bootstrap 95 %", "across"],
         [_summary(pair) for pair in found],
+        spare=("within", "across", "bootstrap 95 %", "difference ms"),
     )  # fmt: skip
+    pooled = len({run.record.sweep_id for pair in found for run in pair.baseline.ok}) > 1
     sessions = Table(
-        ["block", "session", f"{one} ms", f"{other} ms", "speedup"],
-        [row for pair in found for row in _sessions(pair)],
+        ["block", *(["sweep"] if pooled else []), "session", f"{one} ms", f"{other} ms", "speedup"],
+        [row for pair in found for row in _sessions(pair, pooled)],
+        text_columns=3 if pooled else 2,
     )
     text = [
         f"A session measures both arms back to back in fresh processes, in random order. Milliseconds are means over "
@@ -78,7 +79,7 @@ def paired(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Section]
         f"coefficients of variation of the steps in a session and of the sessions' medians.",
     ]
     return [
-        Section(f"{one} against {other}", text, [summary], lambda: _plots(found, experiment)),
+        Section(f"{one} against {other}", text, [summary], lambda: _plots(found, experiment), True),
         Section("Sessions", (), [sessions]),
     ]
 
@@ -99,12 +100,14 @@ def _interval(interval: stats.Interval | None) -> str:
     return "no interval" if interval is None else f"[{interval.low:.4f}, {interval.high:.4f}]"
 
 
-def _sessions(pair: Pair) -> list[Row]:
+def _sessions(pair: Pair, pooled: bool) -> list[Row]:
+    """A row a session, under the number that its records bear."""
     rows = []
     for index, (one, other) in enumerate(zip(pair.baseline.ok, pair.candidate.ok, strict=True)):
         times = one.record.metrics[TPOT], other.record.metrics[TPOT]
         ratio = pair.comparison.ratios[index]
-        cells = [block(pair), str(index), *(number(time, 3) for time in times), number(ratio, 4)]
+        session = [*([one.record.sweep_id] if pooled else []), str(one.record.session)]
+        cells = [block(pair), *session, *(number(time, 3) for time in times), number(ratio, 4)]
         rows.append(Row(cells, [one, other]))
     return rows
 
@@ -118,9 +121,11 @@ def _plots(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Any]:
         arms = [(experiment.baseline, pair.baseline), (experiment.candidate, pair.candidate)]
         figure = make_subplots(1, 2, subplot_titles=("step time of each session, ms", "speedup of each session"))
         times = [arm.values(TPOT) for _, arm in arms]
-        for index, (one, other) in enumerate(zip(*times, strict=True)):
+        for run, one, other in zip(pair.baseline.ok, *times, strict=True):
             line = {"x": [name for name, _ in arms], "y": [one, other], "mode": "lines+markers"}
-            figure.add_trace(go.Scatter(line, name=f"session {index}", line={"color": "#3465a4", "width": 1}), 1, 1)
+            figure.add_trace(
+                go.Scatter(line, name=f"session {run.record.session}", line={"color": "#3465a4", "width": 1}), 1, 1
+            )
         ratios = pair.comparison.ratios
         figure.add_trace(
             go.Scatter(x=[*range(len(ratios))], y=ratios, mode="markers", marker={"color": "#3465a4"}), 1, 2
@@ -135,10 +140,13 @@ def _plots(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Any]:
                 one_claim.claim.speedup,
                 line={"color": "#cc0000", "dash": "dot"},
                 annotation_text=f"killed {one_claim.claim.killed_if} {one_claim.claim.speedup:g}",
+                annotation_position="right",
                 row=1,
                 col=2,
             )
         figure.update_yaxes(rangemode="tozero", row=1, col=1)
-        figure.update_layout(title=block(pair), showlegend=False, height=380)
+        numbers = [str(run.record.session) for run in pair.baseline.ok]
+        figure.update_xaxes(title="session", tickvals=[*range(len(ratios))], ticktext=numbers, row=1, col=2)
+        figure.update_layout(title=block(pair), showlegend=False, height=400, margin={"r": 150})
         figures.append(figure)
     return figures

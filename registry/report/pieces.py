@@ -5,18 +5,41 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from registry.report.document import Row, Section, Table
-from registry.report.labels import label
+from registry.report.labels import label, named, varying
+from registry.report.observation import cells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from registry.report.observation import Measured
+    from registry.report.observation import Measured, Observation
 
 
-def not_measured(found: Sequence[Measured], axes: Sequence[str]) -> list[Section]:
-    """Why cells have no figures; no section where all have."""
-    rows = [Row([*label(one.config, axes), one.outcome, one.reason], one.observations) for one in found if one.reason]
+def not_measured(observations: Sequence[Observation]) -> list[Section]:
+    """Why sessions of cells have no figures; no section where all have."""
+    found = cells(observations)
+    axes = varying(found) if found else []
+    rows = [Row([*label(one, axes), one.outcome, one.reason], one.observations) for one in found if one.reason]
     return [Section("Not measured", (), [Table([*axes, "outcome", "why"], rows, len(axes) + 2)])] if rows else []
+
+
+def weakened(observations: Sequence[Observation]) -> list[Section]:
+    """What the records warn of, each once with its cells; no section where none does.
+
+    Args:
+        observations: Runs that a report has figures of.
+    """
+    found = cells(observations)
+    axes = varying(found) if found else []
+    told: dict[str, dict[str, list[Observation]]] = {}
+    for one in found:
+        for run in one.observations:
+            for warning in run.record.warnings:
+                told.setdefault(warning, {}).setdefault(named(one, axes), []).append(run)
+    rows = [
+        Row([warning, "; ".join(own)], [run for runs in own.values() for run in runs])
+        for warning, own in told.items()
+    ]
+    return [Section("What weakens it", (), [Table(["warning", "cells"], rows, 2)])] if rows else []
 
 
 def bars(found: Sequence[Measured], names: Sequence[str], metric: str, name: str, color: str) -> Any:
@@ -31,8 +54,19 @@ def bars(found: Sequence[Measured], names: Sequence[str], metric: str, name: str
     """
     from plotly import graph_objects as go
 
+    return go.Bar(**_reaching(found, names, metric, name), orientation="h", marker={"color": color})
+
+
+def points(found: Sequence[Measured], names: Sequence[str], metric: str, name: str, color: str) -> Any:
+    """The same as points, for a logarithmic axis, on which a bar's length means nothing."""
+    from plotly import graph_objects as go
+
+    return go.Scatter(**_reaching(found, names, metric, name), mode="markers", marker={"color": color, "size": 11})
+
+
+def _reaching(found: Sequence[Measured], names: Sequence[str], metric: str, name: str) -> dict[str, Any]:
     middle = [one.median(metric) or 0.0 for one in found]
     over = [max(one.values(metric)) - value for one, value in zip(found, middle, strict=True)]
     under = [value - min(one.values(metric)) for one, value in zip(found, middle, strict=True)]
     reach = {"type": "data", "symmetric": False, "array": over, "arrayminus": under}
-    return go.Bar(y=names, x=middle, name=name, orientation="h", error_x=reach, marker={"color": color})
+    return {"y": names, "x": middle, "name": name, "error_x": reach}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry import profile
 from registry.report.document import Row, Section, Table
-from registry.report.labels import label, named, number, varying
+from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import TPOT, cells
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from registry.report.observation import Measured, Observation
 
 FIGURES = (
-    ("TPOT ms", TPOT, 3),
     ("busy ms", "gpu_busy_ms", 3),
     ("launch gap ms", "launch_gap_ms", 3),
     ("host ms", "host_ms", 3),
@@ -35,26 +34,25 @@ def profiles(observations: Sequence[Observation]) -> list[Section]:
     found = cells([one for one in observations if "profile" in one.record.measured])
     if not found:
         return []
-    axes = varying([one.config for one in found])
+    axes = varying(found)
     text = [
-        "TPOT is the unprofiled median. busy is the time in which the device ran something, launch gap what of the "
-        "unprofiled step it did not; host is from a profiled step's start to the return of its last launch. bw_util "
-        "is the study's: W + K over the spec sheet's bandwidth and the unprofiled step, and over the profiled one.",
-        *(f"{named(one.config, axes)}: {doubt}" for one in found for doubt in _doubts(one)),
+        "TPOT is the unprofiled median, within and across the coefficients of variation of the unprofiled steps "
+        "in a session and of the sessions' medians. busy is the time in which the device ran something, launch "
+        "gap what of the unprofiled step it did not; host is from a profiled step's start to the return of its "
+        "last launch. bw_util is the study's: W + K over the spec sheet's bandwidth and the unprofiled step, and "
+        "over the profiled one.",
+        *(f"{named(one, axes)}: {doubt}" for one in found for doubt in _doubts(one)),
     ]
-    headings = [*axes, *(heading for heading, *_ in FIGURES)]
+    headings = [*axes, "TPOT ms", "within", "across", *(heading for heading, *_ in FIGURES)]
     table = Table(headings, [_row(one, axes) for one in found], text_columns=len(axes))
-    sections = [Section("Where a step's time goes", text, [table], lambda: _parts(found, axes))]
-    return sections + [
-        Section(f"Kernels of {named(one.config, axes)}", _whole(one), [_kernels(one)]) for one in found
-    ]
+    sections = [Section("Where a step's time goes", text, [table], lambda: _parts(found, axes), True)]
+    return sections + [Section(f"Kernels of {named(one, axes)}", _whole(one), [_kernels(one)]) for one in found]
 
 
 def _row(one: Measured, axes: Sequence[str]) -> Row:
-    return Row(
-        [*label(one.config, axes), *(number(one.median(metric), digits) for _, metric, digits in FIGURES)],
-        one.observations,
-    )
+    step = [number(one.median(TPOT), 3), percent(one.spread.within), percent(one.spread.across)]
+    figures = [number(one.median(metric), digits) for _, metric, digits in FIGURES]
+    return Row([*label(one, axes), *step, *figures], one.observations)
 
 
 def _doubts(one: Measured) -> list[str]:
@@ -90,7 +88,7 @@ def _whole(one: Measured) -> list[str]:
 def _parts(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
     from plotly import graph_objects as go
 
-    names = [named(one.config, axes) for one in found]
+    names = [named(one, axes) for one in found]
     figure = go.Figure()
     for name, metric, color in (("busy", "gpu_busy_ms", "#3465a4"), ("launch gap", "launch_gap_ms", "#e0a8a8")):
         times = [one.median(metric) for one in found]

@@ -74,16 +74,17 @@ def study(
         return []
     here = {one.record.config["gpu"]["name"] for one in observations}
     theirs = {figure.gpu for figure in experiment.study}
+    shared = _shared(experiment.study)
     found = [_ours(figure, observations, pairs, prices) for figure in experiment.study]
-    rows = [_row(figure, ours) for figure, ours in zip(experiment.study, found, strict=True)]
+    rows = [_row(figure, ours, shared) for figure, ours in zip(experiment.study, found, strict=True)]
     headings = ["study's GPU", "cell", "figure", "stated in", "study", "our cells", "ours", "ours / study"]
-    text = []
+    text = [f"Every figure is of {_cell(shared)}."] if shared else []
     if absent := ", ".join(sorted(here - {*GPUS})):
         text.append(f"The study did not have {absent}: its figures stand for comparison, of other GPUs.")
     if untold := ", ".join(sorted((here & {*GPUS}) - theirs)):
         text.append(f"The study had {untold} too, and states none of these figures of it.")
     text += [
-        f"Ambiguous, so not compared: {figure.metric} of {figure.gpu}, {_cell(figure)}, is that of "
+        f"Ambiguous, so not compared: {figure.metric} of {figure.gpu}, {_cell(figure.where)}, is that of "
         f"{' and of '.join(ours.several)}."
         for figure, ours in zip(experiment.study, found, strict=True)
         if ours.several
@@ -96,18 +97,28 @@ def study(
     return [Section("The study's figures", text, [Table(headings, rows, text_columns=4)])]
 
 
-def _row(figure: StudyFigure, ours: Ours) -> Row:
+def _row(figure: StudyFigure, ours: Ours, shared: Mapping[str, Any]) -> Row:
     name = f"{figure.over} {figure.metric}".strip()
     value = ours.value
     ratio = value / figure.value if value is not None and ours.cells == places(figure.where) else None
     count = f"{ours.cells} of {places(figure.where)}" if figure.over else ""
     told = [count, "ambiguous" if ours.several else number(value, 3), number(ratio, 3)]
-    return Row([figure.gpu, _cell(figure), name, figure.source, f"{figure.value:g}", *told], ours.runs)
+    own = {key: value for key, value in figure.where.items() if key not in shared}
+    return Row([figure.gpu, _cell(own), name, figure.source, f"{figure.value:g}", *told], ours.runs)
 
 
-def _cell(figure: StudyFigure) -> str:
-    """What a figure is of: a group's choice by the group, any other key by its last part."""
-    return " ".join(f"{_short(key)}={_told(value)}" for key, value in figure.where.items())
+def _shared(figures: Sequence[StudyFigure]) -> dict[str, Any]:
+    """What all figures are of."""
+    return {
+        key: value
+        for key, value in figures[0].where.items()
+        if all(key in figure.where and figure.where[key] == value for figure in figures)
+    }
+
+
+def _cell(where: Mapping[str, Any]) -> str:
+    """What figures are of: a group's choice by the group, any other key by its last part."""
+    return " ".join(f"{_short(key)}={_told(value)}" for key, value in where.items())
 
 
 def _told(value: Any) -> str:
@@ -139,8 +150,8 @@ def _ours(
     if not values:
         return Ours()
     if len({_choice(one.config, figure) for one in found}) < len(found):
-        axes = varying([one.config for one in found])
-        return Ours(several=[named(one.config, axes) for one in found])
+        axes = varying(found)
+        return Ours(several=[named(one, axes) for one in found])
     value = OVER[figure.over](values) if figure.over else values[0]
     return Ours(value, [run for one in found for run in one.ok], cells=len(found))
 

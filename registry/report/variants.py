@@ -8,8 +8,8 @@ from registry.kernels import short
 from registry.report.cost import dollars
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, number, percent, varying
-from registry.report.observation import AGAIN, PLAIN, TPOT, cells
-from registry.report.pieces import bars, not_measured
+from registry.report.observation import AGAIN, PLAIN, TPOT, apart_from, cells, only, same_software
+from registry.report.pieces import bars
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ FIGURES = (
     ("decode peak GB", "decode_peak_memory_gb", 2),
     ("peak GB", "peak_memory_gb", 2),
 )
+SPARE = ("peak GB", "decode peak GB", "across", "within", "mbu", "range", "$/Mtok", "speedup again", "again ms")
 TOLD = 4
 """Kernels that a row names."""
 
@@ -34,24 +35,24 @@ def variants(observations: Sequence[Observation], prices: Mapping[str, float]) -
         prices: Dollars an hour by GPU profile.
     """
     found = cells(observations)
-    axes = [axis for axis in varying([one.config for one in found]) if axis != "cache"]
+    axes = varying(found)
     headings = [*axes, "outcome", "n", "TPOT ms", "range", "within", "across", "speedup", "again ms", "speedup again"]
     headings += [*(heading for heading, *_ in FIGURES), "$/Mtok"]
     rows = [_row(one, axes, found, prices) for one in found]
     kernels = Table(
         [*axes, "kernels of a step"],
-        [Row([*label(one.config, axes), _kernels(one)], one.ok[-1:]) for one in found if one.ok],
+        [Row([*label(one, axes), _kernels(one)], one.ok[-1:]) for one in found if one.ok],
         text_columns=len(axes) + 1,
     )
     text = (
         "TPOT is the median over the sessions of each one's median step time, range their least and greatest; the "
-        "speedup is that of the median over the plain cell of the same model, context, batch and execution "
-        f"({', '.join(f'{axis}={name}' for axis, name in PLAIN.items())}). again walks the "
-        "same positions a second time: what it is faster by was paid once a cache length.",
+        "speedup is that of the median over the one plain cell of the same model, protocol and execution "
+        f"({', '.join(f'{axis}={name}' for axis, name in PLAIN.items())}); a runtime with an environment of its own "
+        "is set against that of rfloor's on the same torch. again walks the same positions a second time: what it is "
+        "faster by was paid once a cache length.",
     )
     return [
-        Section("Cells", text, [Table(headings, rows, len(axes) + 1)], lambda: _bars(found, axes)),
-        *not_measured(found, axes),
+        Section("Cells", text, [Table(headings, rows, len(axes) + 1, SPARE)], lambda: _bars(found, axes), True),
         Section("Kernels", ("Seen by torch.profiler in a step of its own after the timing.",), [kernels]),
     ]
 
@@ -60,24 +61,20 @@ def _row(one: Measured, axes: Sequence[str], found: Sequence[Measured], prices: 
     runs = f"{len(one.ok)}/{len(one.observations)}"
     times = one.values(TPOT)
     if not times:
-        return Row([*label(one.config, axes), one.outcome, runs, *[""] * (8 + len(FIGURES))], one.observations)
-    plain = next((other for other in found if _is_plain(other, one)), None)
+        return Row([*label(one, axes), one.outcome, runs, *[""] * (8 + len(FIGURES))], one.observations)
+    plain = only(other for other in found if _is_plain(other, one))
     cells = [number(one.median(TPOT), 2), f"{min(times):.2f}-{max(times):.2f}"]
     cells += [percent(one.spread.within), percent(one.spread.across), _speedup(plain, one, TPOT)]
     cells += [number(one.median(AGAIN), 2), _speedup(plain, one, AGAIN)]
     cells += [number(one.median(metric), digits) for _, metric, digits in FIGURES]
     cells.append(number(dollars(one, prices), 2))
-    return Row([*label(one.config, axes), one.outcome, runs, *cells], one.observations)
+    return Row([*label(one, axes), one.outcome, runs, *cells], one.observations)
 
 
 def _is_plain(other: Measured, one: Measured) -> bool:
-    mine, theirs = one.config, other.config
-    if (other.device, theirs["model"]) != (one.device, mine["model"]):
-        return False
-    if any(theirs["protocol"][key] != mine["protocol"][key] for key in ("context", "batch_size")):
-        return False
-    same = theirs["execution"]["name"] == mine["execution"]["name"]
-    return same and all(theirs[axis]["name"] == name for axis, name in PLAIN.items())
+    """Whether one is the plain cell of the other's model, protocol and execution."""
+    same = same_software(other, one) and apart_from(other, *PLAIN) == apart_from(one, *PLAIN)
+    return same and all(other.config[axis]["name"] == name for axis, name in PLAIN.items())
 
 
 def _speedup(plain: Measured | None, one: Measured, metric: str) -> str:
@@ -96,7 +93,7 @@ def _bars(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
     from plotly import graph_objects as go
 
     measured = [one for one in found if one.ok]
-    names = [named(one.config, axes) for one in measured]
+    names = [named(one, axes) for one in measured]
     figure = go.Figure()
     for name, metric, color in (("first visit", TPOT, "#3465a4"), ("again", AGAIN, "#a8c0e0")):
         figure.add_trace(bars(measured, names, metric, name, color))

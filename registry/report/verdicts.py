@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from registry.experiments import applies, matches
 from registry.outcome import Outcome
 from registry.registration import INTERVAL
+from registry.report.labels import counted
 from registry.report.observation import pairs
 from registry.report.paired import judged
 
@@ -58,7 +59,7 @@ def _of(one: Registration, observations: Sequence[Observation]) -> list[str]:
     lines = [line for claim in one.experiment.claims for line in _verdict(claim, one, own)] or [NOT_CLAIMED]
     if strangers := len(sweep) - len(own):
         lines.append(
-            f"{strangers} runs of the sweep are left out: they are not what was registered, or began before it"
+            f"left out of the sweep: {counted(strangers, 'run')} not of what was registered, or begun before it"
         )
     return lines
 
@@ -90,7 +91,8 @@ def _verdict(claim: ClaimConfig, one: Registration, own: Sequence[Observation]) 
     }
     tried = min(len({run.record.session for run in runs}) for runs in arms.values())
     if tried < one.sessions:
-        return [f"no verdict yet: {claim.claim} ({tried} of {one.sessions} registered sessions are measured)"]
+        measured = f"{tried} of {counted(one.sessions, 'registered session')}"
+        return [f"no verdict yet: {claim.claim} (measured: {measured})"]
     failed = Counter(
         f"{arm} {run.record.outcome.value}"
         for arm, runs in arms.items()
@@ -101,5 +103,5 @@ def _verdict(claim: ClaimConfig, one: Registration, own: Sequence[Observation]) 
     found = judged(pairs(meant, one.experiment), one.experiment, claim)
     if not found:
         return [f"no verdict: {claim.claim} (no session has both arms: {why})"]
-    lost = f"; of {one.sessions} registered sessions some have no figures: {why}" if why else ""
+    lost = f"; of {counted(one.sessions, 'registered session')} some have no figures: {why}" if why else ""
     return [f"{each}{lost}" for each in found]
