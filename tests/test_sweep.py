@@ -667,7 +667,7 @@ def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPat
         return Told()
 
     told: Any = Told()
-    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([cell], [sweep.Job([], cell, 0)], "20260701-101010-abcd", 0))
+    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([cell], [sweep.Job([], cell, 0, 0)], "20260701-101010-abcd", 0))
     monkeypatch.setattr(sweep, "_running", sweep.Running(told, told))
     monkeypatch.setattr(sweep, "_planner", lambda: pytest.fail("planned again"))
     monkeypatch.setattr("registry.run.run_cell", run_cell)
