@@ -35,7 +35,7 @@ class Opened:
 
 
 def open_runs(found: Sequence[Registration], folder: Path, call: Call) -> list[Opened]:
-    """Write every registration to disk, then to MLflow, before anything is measured.
+    """Register every experiment on disk and in MLflow before anything is measured.
 
     Args:
         found: One for each experiment of a call.
@@ -46,8 +46,12 @@ def open_runs(found: Sequence[Registration], folder: Path, call: Call) -> list[O
 
 
 def _open(registration: Registration, folder: Path, call: Call) -> Opened:
+    # In this order, as with a cell: an import that finds the file finds its run too, and makes no second.
+    run_id = call.tracked(lambda mlflow: mlflow.open_experiment(registration))
     file = registrations.write(registration, folder)
-    return Opened(registration, file, call.tracked(lambda mlflow: mlflow.open_experiment(registration, file)))
+    if run_id:
+        call.tracked(lambda mlflow: mlflow.log_registration(run_id, file))
+    return Opened(registration, file, run_id)
 
 
 def close_runs(opened: Sequence[Opened], records: Sequence[Record], call: Call) -> list[tuple[Report, list[Path]]]:

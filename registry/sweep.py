@@ -8,6 +8,7 @@ the configuration names; `job` is what the launcher runs.
 from __future__ import annotations
 
 import secrets
+import shlex
 import signal
 import sys
 import traceback
@@ -321,14 +322,24 @@ def _tell_where(errors: set[str], config: Config, page: str) -> None:
 
     out = console()
     uri = redact(config.tracking.uri)
-    later = f"rfloor import {config.records} tracking.uri={uri}"
+    later = shlex.join(["rfloor", "import", config.records, f"tracking.uri={uri}", *_elsewhere(config.tracking)])
     for error in errors:
-        out.print(f"MLflow did not take every run ({error}). Once it does: {later}", highlight=False, markup=False)
+        told = f"MLflow did not take every run ({error}). Once it does: {later}"
+        out.print(told, highlight=False, markup=False, soft_wrap=True)
     if uri.startswith(SERVERS):
         opens = f"open {uri.rstrip('/')}{page}"
     else:
         opens = f"{_mlflow()} ui --backend-store-uri {_absolute(uri)}, then open http://127.0.0.1:5000{page}"
     out.print(f"Compare the runs in the MLflow UI: {opens}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _elsewhere(tracking: TrackingConfig) -> list[str]:
+    """What an import has to be told beside the address where runs and artifacts go elsewhere than they would."""
+    usual = _composer().cell(["tracking=local"]).tracking
+    chosen = {"experiment": tracking.experiment, "artifacts": tracking.artifacts}
+    if tracking.uri.startswith(SERVERS):
+        del chosen["artifacts"]  # the server's own business
+    return [f"tracking.{key}={value}" for key, value in chosen.items() if value and value != getattr(usual, key)]
 
 
 def _mlflow() -> str:
