@@ -35,7 +35,7 @@ from registry.tracking import Tracker, TrackingDown
 
 POSTGRESQL = binaries() if importlib.util.find_spec("psycopg2") else None
 PATIENCE_S = 600  # for 16 processes that share two cores
-HELD_UP_S = 40
+HELD_UP_S = 50
 """What a store that is gone may add to a sweep, with room for a machine that does other things too: on an idle one
 it is some 20 s."""
 SMALL = ("protocol.warmup_steps=1", "protocol.measured_steps=3")
