@@ -6,14 +6,20 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 EXTRAS ?= nf4,gptq,exl2
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: run test lint ui bench legacy clean
+.PHONY: run test services lint ui bench legacy clean
 
 run: $(VENV)/run.stamp  ## measure: make run ARGS="-m quant=none,nf4"
 	@$(BIN)/python runner.py $(ARGS)
 
 test: $(VENV)/dev.stamp  ## the whole CPU test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+services: $(VENV)/dev.stamp  ## many writers at once: SQLite, and an MLflow server on PostgreSQL, which this installs
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
+		{ $(SUDO) apt-get -qq update && $(SUDO) apt-get -qq install -y postgresql; }
+	$(BIN)/python -m pytest -m services $(ARGS)
 
 lint: $(VENV)/dev.stamp  ## ruff, and mypy strict on registry and backends
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ class Opened:
 
 
 def open_runs(found: Sequence[Registration], folder: Path, call: Call) -> list[Opened]:
-    """Write every registration to disk, then to MLflow, before anything is measured.
+    """Register every experiment on disk and in MLflow before anything is measured.
 
     Args:
         found: One for each experiment of a call.
@@ -47,13 +47,18 @@ def open_runs(found: Sequence[Registration], folder: Path, call: Call) -> list[O
 
 
 def _open(registration: Registration, folder: Path, call: Call) -> Opened:
+    # In this order, as with a cell: an import that finds the file finds its run too, and makes no second.
+    run_id = call.tracked(lambda mlflow: _run(mlflow, registration))
     file = registrations.write(registration, folder)
-    return Opened(registration, file, call.tracked(lambda mlflow: _run(mlflow, registration, file)))
+    if run_id:
+        call.tracked(lambda mlflow: mlflow.log_registration(run_id, file))
+    return Opened(registration, file, run_id)
 
 
-def _run(mlflow: Tracker, registration: Registration, file: Path) -> str:
-    run_id, _ = mlflow.known().get(registration.record_id, ("", False))
-    return run_id or mlflow.open_experiment(registration, file)
+def _run(mlflow: Tracker, registration: Registration) -> str:
+    """Of a sweep that is taken up again the run that it has already."""
+    run_id, _ = mlflow.known(registration.record_id).get(registration.record_id, ("", False))
+    return run_id or mlflow.open_experiment(registration)
 
 
 def close_runs(opened: Sequence[Opened], measured: Sequence[Record], call: Call) -> list[tuple[Report, list[Path]]]:

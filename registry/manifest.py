@@ -5,11 +5,11 @@ With it a sweep that was killed can be told from one that is complete, and can b
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from registry.locks import held
 from registry.record import BadRecord, read_json, write_json
@@ -102,30 +102,35 @@ def extended(folder: Path, sweep_id: str, jobs: list[Planned]) -> Manifest:
     """The manifest of a sweep that now has these jobs too; a new one if it has none that can be read."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     begun = Manifest(sweep_id, now, [])
-    with contextlib.suppress(BadRecord):
+    with suppress(BadRecord):
         begun = read(path(folder, sweep_id))
     known = {job.index: job for job in begun.jobs} | {job.index: job for job in jobs}
     return Manifest(sweep_id, begun.started_at, [known[index] for index in sorted(known)])
 
 
-def hold(manifest: Manifest, folder: Path) -> list[IO[bytes]] | None:
-    """Write a manifest and hold it, as long as what is returned stays open; `None` while another process holds it.
+def hold(manifest: Manifest, folder: Path) -> ExitStack | None:
+    """Write a manifest and hold it, until what is returned is closed; `None` while another process holds it.
 
     The file that was there is held too: whoever opened it before it was replaced must not think it free.
     """
     file = path(folder, manifest.sweep_id)
-    before = [held(file, GLANCE_S)] if file.exists() else []
-    if None in before:
-        return None
-    write_json(file, {"schema_version": SCHEMA_VERSION, "kind": KIND, **dataclasses.asdict(manifest)})
-    now = held(file, GLANCE_S)
-    return [stream for stream in [*before, now] if stream] if now else None
+    with ExitStack() as stack:
+        if file.exists() and not _joined(stack, file):
+            return None
+        write_json(file, {"schema_version": SCHEMA_VERSION, "kind": KIND, **dataclasses.asdict(manifest)})
+        return stack.pop_all() if _joined(stack, file) else None
+
+
+def _joined(stack: ExitStack, file: Path) -> bool:
+    """Hold a file with what is held already; whether that could be."""
+    if lock := held(file, GLANCE_S):
+        stack.enter_context(lock)
+    return lock is not None
 
 
 def is_held(folder: Path, sweep_id: str) -> bool:
     """Whether a process is measuring a sweep now."""
-    stream = held(path(folder, sweep_id))
-    if stream is None:
+    if (lock := held(path(folder, sweep_id))) is None:
         return True
-    stream.close()
+    lock.close()
     return False

@@ -13,11 +13,12 @@ import shlex
 import signal
 import sys
 import traceback
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.experimental.callback import Callback
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 ABOUT = ("help", "hydra_help", "shell_completion", "cfg", "info")
 """Flags with which Hydra tells about itself and runs nothing."""
-EXPERIMENT = "rfloor"
-"""MLflow's experiment where the call names no other (conf/tracking)."""
 REFUSED_FLAGS = ("config_path", "config_name", "config_dir", "experimental_rerun", "package", "resolve")
 
 
@@ -97,7 +96,7 @@ class Sweep:
     seed: int
     measured: dict[int, Record] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    held: list[IO[bytes]] = field(default_factory=list)
+    held: ExitStack = field(default_factory=ExitStack)
 
     @property
     def resumed(self) -> str:
@@ -214,15 +213,15 @@ def _hold(sweep: Sweep) -> None:
     jobs = [Planned(job.index, *job.what, job.cell.label) for job in sweep.jobs]
     try:
         begun = manifests.extended(folder, sweep.sweep_id, jobs)
-        streams = manifests.hold(begun, folder)
+        held = manifests.hold(begun, folder)
     except OSError as error:
         raise BadInput(f"records={folder} cannot be written: {error}") from error
-    if streams is None:
+    if held is None:
         raise BadInput(
             f"another process measures the sweep {sweep.sweep_id}: wait for it (rfloor status {folder} tells how far "
             "it is), or leave out resume=true and measure every cell anew"
         )
-    sweep.held = streams
+    sweep.held = held
 
 
 def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
@@ -427,16 +426,24 @@ def _tell_where(errors: set[str], config: Config, page: str) -> None:
 
     out = console()
     uri = redact(config.tracking.uri)
-    experiment = config.tracking.experiment
-    named = "" if experiment == EXPERIMENT else f" tracking.experiment={shlex.quote(experiment)}"
-    later = f"rfloor import {shlex.quote(config.records)} tracking.uri={uri}{named}"
+    later = shlex.join(["rfloor", "import", config.records, f"tracking.uri={uri}", *_elsewhere(config.tracking)])
     for error in errors:
-        out.print(f"MLflow did not take every run ({error}). Once it does: {later}", highlight=False, markup=False)
+        told = f"MLflow did not take every run ({error}). Once it does: {later}"
+        out.print(told, highlight=False, markup=False, soft_wrap=True)
     if uri.startswith(SERVERS):
         opens = f"open {uri.rstrip('/')}{page}"
     else:
         opens = f"{_mlflow()} ui --backend-store-uri {_absolute(uri)}, then open http://127.0.0.1:5000{page}"
     out.print(f"Compare the runs in the MLflow UI: {opens}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _elsewhere(tracking: TrackingConfig) -> list[str]:
+    """What an import has to be told beside the address where runs and artifacts go elsewhere than they would."""
+    usual = _composer().cell(["tracking=local"]).tracking
+    chosen = {"experiment": tracking.experiment, "artifacts": tracking.artifacts}
+    if tracking.uri.startswith(SERVERS):
+        del chosen["artifacts"]  # the server's own business
+    return [f"tracking.{key}={value}" for key, value in chosen.items() if value and value != getattr(usual, key)]
 
 
 def _mlflow() -> str:

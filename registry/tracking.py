@@ -6,10 +6,14 @@ MLflow shows can always be rebuilt from the records by `rfloor import`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import tempfile
+import time
 from collections import Counter
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,10 +21,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from registry import record as records
 from registry.archive import everything_in
 from registry.kernels import short
+from registry.locks import locked
 from registry.outcome import BadInput, Outcome, Refusal, nearest
+from registry.patience import persist
 from registry.process import has_ended, this_process
 from registry.registration import HASH_TAG, KIND, Registration
-from registry.validate import SERVERS, redact
+from registry.validate import SERVERS, redact, sqlite_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -72,10 +78,19 @@ VIEW_COLUMNS = {
 """Columns of the view in order, and their widths in pixels; a run's name begins with its quant and execution."""
 QUIET_CLIENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # no background thread beside a timed child
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is down is told in seconds, not in minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # rfloor asks again itself: see `Tracker._create_run`
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",  # seconds; a server that hangs is told within them, not within minutes
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # of every run that ends on a server
+    "PGCONNECT_TIMEOUT": "10",  # seconds, libpq's own, for a PostgreSQL that is reached without a server
 }
+PATIENCE_S = 12.0
+"""How long one call of MLflow may fail before it is left alone. The attempt that is under way then may last longer: a
+request its 15 s, and where somebody keeps an SQLite database locked MLflow itself waits for 20."""
+OPENING_S = 60.0
+"""How long others may be at opening the same SQLite database; the first makes its tables, which takes seconds."""
+PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
+"""MLflow's codes for what may be gone a little later; it gives the first to a server that does not answer, too."""
 
 
 class TrackingDown(Exception):
@@ -101,6 +116,7 @@ class Tracker:
             )
         for name, value in QUIET_CLIENT.items():
             os.environ.setdefault(name, value)
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # not even where somebody wants more of them
         import logging
 
         try:
@@ -109,17 +125,32 @@ class Tracker:
             raise TrackingDown(f"mlflow cannot be imported: {error}") from error
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what fails is raised, and told once
+        for name in ("mlflow.store.db.utils", "urllib3.connectionpool"):  # what fails is raised, and told once
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        if not config.uri.startswith(SERVERS):
+            import mlflow.store.db.utils as databases
+
+            databases.MAX_RETRY_COUNT = 1  # its ten attempts take 101 s, and no setting says otherwise
         self.uri = config.uri
-        self._client = _guard(MlflowClient, config.uri)
-        found = _guard(self._find_experiment, config, create=not reading)
+        with _alone(config.uri):
+            self._client = self._ask(MlflowClient, config.uri)
+            found = self._ask(self._find_experiment, config, create=not reading)
         if found is None:
-            known = [one.name for one in _guard(self._client.search_experiments)]
+            known = [one.name for one in self._ask(self._client.search_experiments)]
             raise BadInput(
                 f"MLflow has no experiment called {config.experiment!r}: {nearest(config.experiment, known)}"
             )
         self._experiment: str = found
+
+    def _ask(self, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Call MLflow, again while what it raises may pass; in the end that becomes `TrackingDown`, in one line."""
+        start = time.monotonic()
+        try:
+            return persist(lambda: call(*arguments, **keywords), _may_pass, PATIENCE_S)
+        except TrackingDown:
+            raise
+        except Exception as error:
+            raise TrackingDown(_cause(error, self.uri, time.monotonic() - start)) from error
 
     def _find_experiment(self, config: TrackingConfig, create: bool) -> str | None:
         from mlflow.exceptions import MlflowException
@@ -175,15 +206,30 @@ class Tracker:
         Raises:
             TrackingDown: See the class.
         """
-        run = _guard(
-            self._client.create_run,
-            self._experiment,
-            start_time=_milliseconds(started_at) if started_at else None,
-            run_name=label[:NAME_LIMIT],
-            tags={RECORD_TAG: record_id, PROCESS_TAG: this_process(), **tags},
-        )
-        self.log_params(run.info.run_id, config)
-        return str(run.info.run_id)
+        start = _milliseconds(started_at) if started_at else None
+        run_id = self._create_run(record_id, start_time=start, run_name=label[:NAME_LIMIT], tags=tags)
+        self.log_params(run_id, config)
+        return run_id
+
+    def _create_run(self, record_id: str, tags: Mapping[str, str], **run: Any) -> str:
+        """Make a record's run, and only one however often MLflow has to be asked.
+
+        Of all calls this one alone adds something each time it is made, and may have done so although its answer was
+        lost. Hence whoever asks again looks first, and MLflow's client, which does not, never asks again itself. What
+        remains is a server that makes the run after it was looked at.
+        """
+        attempts = itertools.count()
+        tags = {RECORD_TAG: record_id, PROCESS_TAG: this_process(), **tags}
+
+        def create() -> str:
+            if next(attempts):
+                for made in self._client.search_runs([self._experiment], filter_string=_of(record_id)):
+                    if made.data.tags.get(RECORD_TAG) == record_id:
+                        return str(made.info.run_id)
+            made = self._client.create_run(self._experiment, tags=tags, **run)
+            return str(made.info.run_id)
+
+        return str(self._ask(create))
 
     def log_params(self, run_id: str, config: Mapping[str, Any]) -> None:
         """Log the leaves of a configuration; those that the run has already stay as they are.
@@ -200,14 +246,13 @@ class Tracker:
             # Of the parameters that differ the UI compares three unasked; a plugin under its own name is no news.
             if not (key.endswith(".plugin") and value == leaves.get(f"{key.removesuffix('plugin')}name"))
         ]
-        _guard(self._client.log_batch, run_id, params=params)
+        self._ask(self._client.log_batch, run_id, params=params)
 
-    def open_experiment(self, registration: Registration, file: Path) -> str:
-        """Start the run of an experiment, with what was registered of it; its cells have runs of their own.
+    def open_experiment(self, registration: Registration) -> str:
+        """Start the run of an experiment; its cells have runs of their own.
 
         Args:
             registration: What was fixed beforehand.
-            file: Where it lies.
 
         Returns:
             The run's id.
@@ -216,9 +261,15 @@ class Tracker:
             TrackingDown: See the class.
         """
         name = f"experiment {registration.experiment.name}"
-        run_id = self.open(registration.record_id, name, {}, registration.tags(), registration.registered_at)
-        _guard(self._log_artifact, run_id, REGISTRATION, file)
-        return run_id
+        return self.open(registration.record_id, name, {}, registration.tags(), registration.registered_at)
+
+    def log_registration(self, run_id: str, file: Path) -> None:
+        """Log the file of what was registered to its experiment's run.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        self._ask(self._log_artifact, run_id, REGISTRATION, file)
 
     def tell_experiment(self, run_id: str, verdicts: Sequence[str], files: Sequence[Path], place: str = "") -> None:
         """Log an experiment's verdicts and report.
@@ -233,9 +284,9 @@ class Tracker:
             TrackingDown: See the class.
         """
         if verdicts:
-            _guard(self._client.set_tag, run_id, "verdict", "\n".join(verdicts)[:TAG_LIMIT])
+            self._ask(self._client.set_tag, run_id, "verdict", "\n".join(verdicts)[:TAG_LIMIT])
         for file in files:
-            _guard(self._log_artifact, run_id, file.name, file, place)
+            self._ask(self._log_artifact, run_id, file.name, file, place)
 
     def close_experiment(self, run_id: str, verdicts: Sequence[str], files: Sequence[Path]) -> None:
         """Log an experiment's verdicts and report, and end its run.
@@ -244,7 +295,7 @@ class Tracker:
             TrackingDown: See the class.
         """
         self.tell_experiment(run_id, verdicts, files)
-        _guard(self._client.set_terminated, run_id, status="FINISHED")
+        self._ask(self._client.set_terminated, run_id, status="FINISHED")
 
     def complete_experiment(self, run_id: str, file: Path) -> bool:
         """Log a registration to its run where that is missing, and end the run; whether anything was missing.
@@ -252,12 +303,12 @@ class Tracker:
         Raises:
             TrackingDown: See the class.
         """
-        ended = _guard(self._client.get_run, run_id).info.status != "RUNNING"
-        there = {artifact.path for artifact in _guard(self._client.list_artifacts, run_id)}
+        ended = self._ask(self._client.get_run, run_id).info.status != "RUNNING"
+        there = {artifact.path for artifact in self._ask(self._client.list_artifacts, run_id)}
         if REGISTRATION not in there:
-            _guard(self._log_artifact, run_id, REGISTRATION, file)
+            self._ask(self._log_artifact, run_id, REGISTRATION, file)
         if not ended:
-            _guard(self._client.set_terminated, run_id, status="FINISHED")
+            self._ask(self._client.set_terminated, run_id, status="FINISHED")
         return not ended or REGISTRATION not in there
 
     def close(self, run_id: str, record: Record, files: Mapping[str, Path]) -> None:
@@ -279,7 +330,7 @@ class Tracker:
         metrics = [Metric(name, float(value), end, 0) for name, value in record.metrics.items()]
         for name, times in (("step_time_ms", record.step_times_ms), ("call_time_us", record.call_times_us)):
             metrics += [Metric(name, float(time), end, place) for place, time in enumerate(times)]
-        _guard(
+        self._ask(
             self._client.log_batch,
             run_id,
             metrics=metrics,
@@ -287,10 +338,10 @@ class Tracker:
         )
         for name, file in files.items():
             if file.exists():
-                _guard(self._log_artifact, run_id, name, file)
-        _guard(self._client.log_dict, run_id, record.config, "config.yaml")
+                self._ask(self._log_artifact, run_id, name, file)
+        self._ask(self._client.log_dict, run_id, record.config, "config.yaml")
         status = STATUS.get(record.outcome, "FAILED")
-        _guard(self._client.set_terminated, run_id, status=status, end_time=end)
+        self._ask(self._client.set_terminated, run_id, status=status, end_time=end)
 
     def _log_artifact(self, run_id: str, name: str, file: Path, place: str = "") -> None:
         """Log a file under another name, byte by byte and however large."""
@@ -313,20 +364,26 @@ class Tracker:
             if has_ended(run.data.tags.get(PROCESS_TAG, ""))
         ]
         for run_id in left:
-            _guard(self._client.set_tag, run_id, "reason", LEFT)
-            _guard(self._client.set_terminated, run_id, status="KILLED")
+            self._ask(self._client.set_tag, run_id, "reason", LEFT)
+            self._ask(self._client.set_terminated, run_id, status="KILLED")
         return len(left)
 
-    def known(self) -> dict[str, tuple[str, bool]]:
-        """Every run of the experiment by its record: run id, and whether it is complete."""
-        return {
-            run.data.tags[RECORD_TAG]: (
-                run.info.run_id,
-                run.info.status != "RUNNING" and ("outcome" in run.data.tags or run.data.tags.get("kind") == KIND),
-            )
-            for run in self._runs()
-            if RECORD_TAG in run.data.tags
-        }
+    def known(self, record_id: str = "") -> dict[str, tuple[str, bool]]:
+        """Runs of the experiment by their record: run id, and whether it is complete.
+
+        Args:
+            record_id: Of the record that is asked for; empty for all.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        found: dict[str, tuple[str, bool]] = {}
+        for run in self._runs(_of(record_id) if record_id else ""):
+            tags = run.data.tags
+            complete = run.info.status != "RUNNING" and ("outcome" in tags or tags.get("kind") == KIND)
+            if RECORD_TAG in tags and (complete or tags[RECORD_TAG] not in found):
+                found[tags[RECORD_TAG]] = (run.info.run_id, complete)
+        return found
 
     def recorded(
         self, name: str, read: Callable[[Any], T], experiment: str = "", sweeps: Collection[str] = ()
@@ -371,16 +428,16 @@ class Tracker:
             BadRecord: MLflow answers, and the run has none.
         """
         try:
-            return Path(_guard(self._client.download_artifacts, run_id, name, folder))
-        except TrackingDown:
-            if name not in {artifact.path for artifact in _guard(self._client.list_artifacts, run_id)}:
+            return Path(self._client.download_artifacts(run_id, name, folder))
+        except Exception:  # of many kinds, and of the same for what is not there and for what cannot be had now
+            if name not in {artifact.path for artifact in self._ask(self._client.list_artifacts, run_id)}:
                 raise records.BadRecord("the run has no such artifact") from None
-            raise
+        return Path(self._ask(self._client.download_artifacts, run_id, name, folder))
 
     def _runs(self, where: str = "") -> Iterator[Any]:
         token = None
         while True:
-            page = _guard(
+            page = self._ask(
                 self._client.search_runs, [self._experiment], filter_string=where, max_results=1000, page_token=token
             )
             yield from page
@@ -454,6 +511,10 @@ def artifacts(file: Path) -> dict[str, Path]:
 def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], list[str]]:
     """Log every record under `folder` that MLflow does not have yet; complete the runs that were cut off.
 
+    Two that import the same files at once share the work: a record is held while it is logged (how far that reaches
+    says `registry.locks.held`), and whoever holds it looks for its run first. Two that import copies of it in
+    the same moment, from two folders or two machines, may both make a run.
+
     Args:
         folder: Searched with its subfolders.
         config: Where MLflow is.
@@ -466,28 +527,31 @@ def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], 
         TrackingDown: MLflow cannot be reached.
     """
     tracker = Tracker(config)
+    everything, problems = everything_in(folder)
     known = tracker.known()
     counts: Counter[str] = Counter()
-    everything, problems = everything_in(folder)
     for file, found in everything:
-        run_id, complete = known.get(found.record_id, ("", False))
-        if run_id and isinstance(found, Registration):
-            complete = not tracker.complete_experiment(run_id, file)
-        if complete:
+        own = known.get(found.record_id, ("", False))
+        if own[1] and not isinstance(found, Registration):
             counts["present"] += 1
             continue
-        counts["completed" if run_id else "imported"] += 1
-        if not isinstance(found, Registration):
-            run_id = _import(tracker, found, run_id, file)
-        elif not run_id:
-            run_id = tracker.open_experiment(found, file)
-            tracker.close_experiment(run_id, (), ())
+        with locked(file):
+            run_id, complete = tracker.known(found.record_id).get(found.record_id, ("", False))
+            if run_id and isinstance(found, Registration):
+                complete = not tracker.complete_experiment(run_id, file)
+            counts["present" if complete else "completed" if run_id else "imported"] += 1
+            if not complete:
+                run_id = _import(tracker, found, run_id, file)
         known[found.record_id] = (run_id, True)
     return counts, problems
 
 
-def _import(tracker: Tracker, found: Record, run_id: str, file: Path) -> str:
-    """Log what MLflow lacks of a record; its run's id."""
+def _import(tracker: Tracker, found: Record | Registration, run_id: str, file: Path) -> str:
+    """Log what MLflow lacks of a record or a registration; its run's id."""
+    if isinstance(found, Registration):
+        run_id = run_id or tracker.open_experiment(found)
+        tracker.complete_experiment(run_id, file)
+        return run_id
     if run_id:
         tracker.log_params(run_id, found.config)
     else:
@@ -496,16 +560,56 @@ def _import(tracker: Tracker, found: Record, run_id: str, file: Path) -> str:
     return run_id
 
 
-def _missing_database(uri: str) -> str:
+def _missing_database(uri: str) -> Path | None:
     """The SQLite file of a tracking URI that is not there, which MLflow would make."""
-    name = uri.partition(":///")[2].partition("?")[0] if uri.startswith("sqlite") else ""
-    return name if name and not Path(name).exists() else ""
+    file = sqlite_file(uri)
+    return file if file and not file.exists() else None
 
 
-def _guard(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """Call MLflow; whatever it raises becomes `TrackingDown` with the first line of the cause."""
-    try:
-        return call(*arguments, **keywords)
-    except Exception as error:
-        first = redact(str(error).splitlines()[0]) if str(error) else type(error).__name__
-        raise TrackingDown(first) from error
+def _of(record_id: str) -> str:
+    """A filter for the runs of a record; for all, where its name has no place in one."""
+    return f"tags.`{RECORD_TAG}` = '{record_id}'" if re.fullmatch(r"[\w.-]+", record_id) else ""
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Open an SQLite database while no other rfloor of this machine does.
+
+    MLflow makes its tables without asking whether somebody is at it, and what two make at once may stay broken. The
+    folder is held and not the file, whose locks are SQLite's own business. A server of MLflow's that makes the same
+    tables at that moment is not kept out.
+
+    Raises:
+        TrackingDown: Others are at it all the time.
+    """
+    file = sqlite_file(uri)
+    if file is None:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file.resolve().parent, OPENING_S))
+        except TimeoutError as error:
+            raise TrackingDown(f"others have been opening {file} for {OPENING_S:.0f} s") from error
+        yield
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether MLflow may be only busy, locked or starting.
+
+    What a database raises reaches us unwrapped while it is opened: it is down, or another process makes its tables.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import DBAPIError
+
+    if isinstance(error, MlflowException):
+        return error.error_code in PASSING
+    return isinstance(error, DBAPIError)
+
+
+def _cause(error: Exception, uri: str, seconds: float) -> str:
+    """Why MLflow failed, in one line without secrets."""
+    file = sqlite_file(uri)
+    if file and "database is locked" in str(error):
+        return f"another process has kept {file} locked for {seconds:.0f} s"
+    return redact(str(error).splitlines()[0]) if str(error) else type(error).__name__

@@ -252,7 +252,7 @@ def _tracking(tracking: TrackingConfig) -> Iterator[str]:
             f"{', '.join(f'{s}://' for s in (*DATABASES, *SERVERS))}; did you mean sqlite:///mlflow.db?"
         )
     elif scheme == "sqlite":
-        yield from _sqlite(tracking.uri.partition(":///")[2].partition("?")[0], uri)
+        yield from _sqlite(_sqlite_path(tracking.uri), uri)
     else:
         yield from _address(tracking.uri, scheme in SERVERS)
     if not tracking.experiment.strip():
@@ -277,6 +277,15 @@ def _address(uri: str, server: bool) -> Iterator[str]:
         yield f"{told}: no server listens on port 0"
     elif server and (parts.query or parts.fragment):
         yield f"{told}: a server's address ends before its ? or #"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite database, `None` where the address is that of something else."""
+    return Path(_sqlite_path(uri)) if uri.startswith("sqlite") else None
+
+
+def _sqlite_path(uri: str) -> str:
+    return uri.partition(":///")[2].partition("?")[0]
 
 
 def _sqlite(name: str, uri: str) -> Iterator[str]:

@@ -36,10 +36,9 @@ def begun(folder: Path, sweep_id: str, *cells: str, sessions: int = 1) -> None:
     """The manifest of a sweep of these cells."""
     jobs = [(session, cell) for session in range(sessions) for cell in cells]
     planned = [Planned(place, cell, session, "", cell) for place, (session, cell) in enumerate(jobs)]
-    streams = manifests.hold(Manifest(sweep_id, "2026-07-01T10:10:10+00:00", planned), folder)
-    assert streams
-    for stream in streams:
-        stream.close()
+    held = manifests.hold(Manifest(sweep_id, "2026-07-01T10:10:10+00:00", planned), folder)
+    assert held
+    held.close()
 
 
 # What is left
@@ -118,12 +117,11 @@ def test_a_damaged_record_is_named_and_measured_again(tmp_path: Path, damage: by
 
 def test_a_sweep_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     plan = Manifest(OLD, "2026-07-01T10:10:10+00:00", [Planned(0, A, 0, "", "a")])
-    streams = manifests.hold(plan, tmp_path)
-    assert streams
+    held = manifests.hold(plan, tmp_path)
+    assert held
     assert manifests.is_held(tmp_path, OLD)
     assert manifests.hold(plan, tmp_path) is None
-    for stream in streams:
-        stream.close()
+    held.close()
     assert not manifests.is_held(tmp_path, OLD)
     again = manifests.extended(tmp_path, OLD, [Planned(1, B, 0, "", "b")])
     assert [job.cell_id for job in again.jobs] == [A, B]
