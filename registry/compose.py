@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fnmatch
 import itertools
 import re
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from registry import doors
 from registry.environments import ROOT
 from registry.outcome import BadInput, nearest
 from registry.plugins import KINDS, Catalog
@@ -43,11 +43,6 @@ EXPERIMENT = "experiment"
 NO_EXPERIMENT = [f"{EXPERIMENT}=none"]
 SHORT = {"protocol.context": "context"}
 """Keys that have a short form."""
-HYDRA_ALLOWED = ("hydra/launcher", "hydra.launcher.*", "hydra.verbose")
-"""Hydra's own keys that a call may set: which launcher runs the cells, and how much Hydra says.
-
-Hydra's others (callbacks, logging handlers, search path) make it import what a config names.
-"""
 OPEN_KEYS = re.compile(r"^((backend|quant|attention)\.options|model\.rope_scaling)\.\w")
 """Where `+key=value` may add a key: the plugins' own options."""
 
@@ -85,6 +80,7 @@ class Composer:
         self._loader = ConfigLoaderImpl(config_search_path=create_config_search_path(str(CONF)))
         self._parser = OverridesParser.create(config_loader=self._loader)
         self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._hydra: dict[str, Any] = {}
 
     def options(self, group: str) -> list[str]:
         """The options of a config group, YAML and plugins alike."""
@@ -132,6 +128,8 @@ class Composer:
         for cells in config.cells:
             parsed = [self._parser.parse_overrides([_text(str(key), value)])[0] for key, value in cells.items()]
             for override in parsed:
+                if override.is_hydra_override():
+                    raise BadInput(f"{experiment}: {override.input_line} is Hydra's own and no axis of a cell")
                 self._check(override, multirun=True)
             products.append({EXPERIMENT: [experiment]} | {o.get_key_element(): _texts(o) for o in parsed})
         return products
@@ -141,19 +139,10 @@ class Composer:
         return [text for text in overrides if not self._parser.parse_overrides([text])[0].is_hydra_override()]
 
     def _check(self, override: Override, multirun: bool) -> None:
+        doors.check_override(override)
         text, key = override.input_line or "", override.key_or_group
-        if "_target_" in text:
-            raise BadInput(f"{text}: a configuration is data, it cannot name code to call (_target_)")
-        if override.is_delete():
-            raise BadInput(f"{text}: a key cannot be removed; set it to another value")
-        if override.package is not None:
-            raise BadInput(f"{text}: a group keeps its place, write {key}=OPTION")
         if override.is_hydra_override():
-            if not any(fnmatch.fnmatch(key, allowed) for allowed in HYDRA_ALLOWED):
-                raise BadInput(f"{text}: of Hydra's own keys a call may set {', '.join(HYDRA_ALLOWED)}")
-            if override.is_sweep_override():
-                raise BadInput(f"{text}: Hydra's own keys hold for the whole call and cannot be swept")
-            if key == "hydra/launcher":
+            if key == doors.LAUNCHER:
                 self._check_options(key, override)
             return
         if (override.is_add() or override.is_force_add()) and not OPEN_KEYS.match(key):
@@ -179,8 +168,8 @@ class Composer:
     def _check_hydra(self, overrides: list[str]) -> None:
         if overrides:
             try:
-                self._loader.load_configuration(CONFIG_NAME, overrides, run_mode=RunMode.MULTIRUN)
-            except (HydraException, OmegaConfBaseException) as error:
+                doors.check_launcher(self._load(overrides, RunMode.MULTIRUN))
+            except OmegaConfBaseException as error:
                 raise BadInput(explain(error)) from error
 
     def _check_key(self, key: str) -> None:
@@ -199,14 +188,32 @@ class Composer:
 
     def _groups(self, choices: tuple[str, ...]) -> DictConfig:
         if choices not in self._composed:
-            config = self._loader.load_configuration(
-                config_name=CONFIG_NAME, overrides=list(choices), run_mode=RunMode.RUN
-            )
+            config = self._load(choices, RunMode.RUN)
+            hydra: Any = OmegaConf.to_container(config.hydra, resolve=False)
+            if not choices:
+                self._hydra = hydra
+            else:
+                self._groups(())
+                doors.check_unchanged(self._hydra, hydra, " ".join(choices))
             config._set_flag("struct", False)
             del config["hydra"]  # not part of a cell, and most of the cost of a copy
             config._set_flag("struct", True)
             self._composed[choices] = config
         return self._composed[choices]
+
+    def _load(self, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+        """What Hydra composes.
+
+        Raises:
+            BadInput: It cannot; whatever a damaged file makes it raise.
+        """
+        try:
+            return self._loader.load_configuration(CONFIG_NAME, list(overrides), run_mode=mode)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise BadInput(explain(error)) from error
+        except Exception as error:  # a YAML file that is none: the reader's errors, and asserts of Hydra's
+            told = " ".join(str(error).split()) or type(error).__name__
+            raise BadInput(f"{' '.join(overrides) or CONF} cannot be composed: {told}") from error
 
     def cell(self, overrides: Sequence[str]) -> Config:
         """Compose one cell.
@@ -258,7 +265,9 @@ def explain(error: BaseException) -> str:
     """One line that says which key is wrong and why, out of Hydra's chain of exceptions."""
     while error.__cause__ is not None:
         error = error.__cause__
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    lines = str(error).splitlines() or [type(error).__name__]
+    # Of what goes wrong in a file Hydra names the file, and in the next line what.
+    first = " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0]
     key = getattr(error, "full_key", None)
     parent = getattr(error, "parent_node", None)
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and isinstance(parent, DictConfig):

@@ -7,6 +7,7 @@ the configuration names; `job` is what the launcher runs.
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import sys
@@ -21,6 +22,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.experimental.callback import Callback
 
 from registry.compose import Composer, to_config
+from registry.doors import check_flags
 from registry.experiments import blocks
 from registry.hardware import find_device
 from registry.outcome import BadInput
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 ABOUT = ("help", "hydra_help", "shell_completion", "cfg", "info")
 """Flags with which Hydra tells about itself and runs nothing."""
-REFUSED_FLAGS = ("config_path", "config_name", "config_dir", "experimental_rerun", "package", "resolve")
+COMPLETIONS = ("install", "uninstall", "query")
+SHELLS = ("bash", "fish", "zsh")
 
 
 @dataclass
@@ -105,6 +108,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     global _sweep
     try:
         args = _parse(arguments)
+        check_flags(args)
         composer = _composer()
         if any(getattr(args, flag) for flag in ABOUT):
             _check_about(args, composer)
@@ -142,13 +146,26 @@ def _check_about(args: argparse.Namespace, composer: Composer) -> None:
         BadInput: An override is wrong, or flags exclude each other.
     """
     if args.shell_completion:  # of overrides that are not finished yet
+        _check_completion(args.overrides)
         return
     if args.multirun and (args.cfg or args.info):
         raise BadInput("--cfg and --info tell about one cell: leave out -m")
-    if args.resolve and not args.cfg:
-        raise BadInput("--resolve goes with --cfg")
     for job_overrides in composer.jobs(args.overrides, multirun=args.multirun):
         composer.cell(job_overrides)
+
+
+def _check_completion(overrides: Sequence[str]) -> None:
+    """Refuse what Hydra's completion of a shell's words cannot be asked.
+
+    Raises:
+        BadInput: It is not one word to one shell, or no shell asks.
+    """
+    asked = [(command, shell) for command, _, shell in (text.partition("=") for text in overrides)]
+    [(command, shell)] = asked if len(asked) == 1 else [("", "")]
+    if command not in COMPLETIONS or shell not in SHELLS:
+        raise BadInput(f"--shell-completion takes {', '.join(COMPLETIONS)}=SHELL, a shell of {', '.join(SHELLS)}")
+    if command == "query" and "COMP_LINE" not in os.environ:
+        raise BadInput("--shell-completion query=SHELL is the shell's own question, which it asks in COMP_LINE")
 
 
 def tell_plan(cells: Sequence[Cell]) -> None:
@@ -167,9 +184,6 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
     Raises:
         BadInput: One cell or more cannot be meant: all of their problems, each once.
     """
-    for flag in REFUSED_FLAGS:
-        if getattr(args, flag):
-            raise BadInput(f"--{flag.replace('_', '-')}: rfloor's configuration lies in conf/ and in its plugins")
     jobs = composer.jobs(args.overrides, multirun=args.multirun)
     planner = _planner()
     cells: list[Cell] = []

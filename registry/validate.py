@@ -39,6 +39,8 @@ its output projection one too, which is another architecture and another number 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVERS = ("http", "https")
 SQLITE_MAGIC = b"SQLite format 3\x00"
+TARGET = "_target_"
+"""The key under which Hydra looks for what it is to call."""
 LARGEST = 2**63 - 1
 """Of any whole number: what a 64-bit register holds."""
 LONGEST_S = 2_000_000
@@ -53,7 +55,8 @@ def validate(config: Config) -> None:
     Raises:
         BadInput: Every problem found, in one message.
     """
-    problems = [*_numbers(dataclasses.asdict(config))]
+    plain = dataclasses.asdict(config)
+    problems = [*map(naming_code, targets(plain)), *_numbers(plain)]
     if not problems:  # what is no number lies in no range
         problems += [*_model(config), *_gpu(config.gpu), *_protocol(config), *_choices(config), *_experiment(config)]
     problems += _tracking(config.tracking)
@@ -75,6 +78,22 @@ def validate_profile(gpu: GpuConfig) -> None:
         )
     if problems:
         raise BadInput("; ".join(problems))
+
+
+def naming_code(key: str) -> str:
+    """Why a key may not hold what Hydra would call."""
+    return f"{key}: a configuration is data, it cannot name code to call ({TARGET})"
+
+
+def targets(value: Any, key: str = "") -> Iterator[str]:
+    """The keys under which a plain value holds what Hydra would call."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            below = f"{key}.{name}" if key else str(name)
+            yield from (below,) if name == TARGET else targets(inner, below)
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from targets(inner, f"{key}.{place}")
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[str]:
