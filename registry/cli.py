@@ -19,7 +19,7 @@ from registry.plan import plugin_options
 from registry.plugins import Catalog
 from registry.synthesis import write_checkpoint
 from registry.tracking import TrackingDown, import_records
-from registry.validate import redact, validate
+from registry.validate import validate
 from registry.weights import check_weights, open_weights
 
 if TYPE_CHECKING:
@@ -62,13 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
             return _synthesize(args.overrides)
         return _import(args.folder, args.overrides)
     except BadInput as error:
-        print(f"rfloor: {redact(str(error))}", file=sys.stderr)
+        print(f"rfloor: {error}", file=sys.stderr)
         return 2
     except Refused as error:
         print(f"rfloor: {error}", file=sys.stderr)
         return 1
     except TrackingDown as error:
-        print(f"rfloor: MLflow cannot be reached: {redact(str(error))}", file=sys.stderr)
+        print(f"rfloor: MLflow cannot be reached: {error}", file=sys.stderr)
         return 1
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.redact import Redactor
 from registry.schema import UNTIMED, what_is_measured
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
 
     Args:
         config: The resolved cell. Where its runs and records go, what it is asked for, how often and how long it may
-            take, and what is looked at once all is timed, is left out.
+            take, and what is looked at once all is timed, is left out; so are secrets, which change no step and which
+            a hash would let others guess.
         device: The device that measures; its name and driver count, not which of several equal ones it is.
         modules: The plugins' modules.
         versions: Installed packages.
@@ -35,7 +37,7 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
     Returns:
         Sixteen hexadecimal digits.
     """
-    resolved = what_is_measured(config)
+    resolved = Redactor().plain(what_is_measured(config))
     for key in UNTIMED:
         del resolved["protocol"][key]
     identity = {

@@ -7,6 +7,7 @@ the configuration names; `job` is what the launcher runs.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 import signal
@@ -28,8 +29,10 @@ from registry.hardware import find_device
 from registry.outcome import BadInput
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
+from registry.redact import known_secrets, redact
 from registry.sessions import order
-from registry.validate import SERVERS, redact
+from registry.streams import hide
+from registry.validate import SERVERS
 
 if TYPE_CHECKING:
     import argparse
@@ -106,6 +109,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         SystemExit: 2 for bad input, 0 after a dry run.
     """
     global _sweep
+    hide()
     try:
         args = _parse(arguments)
         check_flags(args)
@@ -115,8 +119,9 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             return list(arguments)
         _sweep = preflight(args, composer)
     except BadInput as error:
-        print(f"rfloor: {redact(str(error))}", file=sys.stderr)
+        print(f"rfloor: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    hide(secret for cell in _sweep.cells for secret in known_secrets(dataclasses.asdict(cell.config)))
     if any(cell.config.dry_run for cell in _sweep.cells):
         tell_plan(_sweep.cells)
         sys.exit(0)
@@ -151,7 +156,7 @@ def _check_about(args: argparse.Namespace, composer: Composer) -> None:
     if args.multirun and (args.cfg or args.info):
         raise BadInput("--cfg and --info tell about one cell: leave out -m")
     for job_overrides in composer.jobs(args.overrides, multirun=args.multirun):
-        composer.cell(job_overrides)
+        hide(known_secrets(dataclasses.asdict(composer.cell(job_overrides))))
 
 
 def _check_completion(overrides: Sequence[str]) -> None:
@@ -246,6 +251,7 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext
 
+    from registry import logs
     from registry import record as records
     from registry.call import Call
     from registry.display import Reporter, tell_report
@@ -268,6 +274,7 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
             signal.signal(number, call.interrupt)
         reporter.stage(f"opening {config.tracking.uri.partition('://')[0]} tracking")
         _track(call, config.tracking)
+        logs.finish_abandoned(Path(config.records))
         registered = register(sweep.sweep_id, [(job.session, job.cell) for job in sweep.jobs])
         opened = open_runs(registered, Path(config.records), call)
         _running = Running(call, reporter)
@@ -341,7 +348,7 @@ def _tell_where(errors: set[str], config: Config, page: str) -> None:
     if uri.startswith(SERVERS):
         opens = f"open {uri.rstrip('/')}{page}"
     else:
-        opens = f"{_mlflow()} ui --backend-store-uri {_absolute(uri)}, then open http://127.0.0.1:5000{page}"
+        opens = f"{_mlflow()} ui --host 127.0.0.1 --backend-store-uri {_absolute(uri)}, then open http://127.0.0.1:5000{page}"
     out.print(f"Compare the runs in the MLflow UI: {opens}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -14,17 +14,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from registry import logs
 from registry import record as records
 from registry.archive import everything_in
 from registry.kernels import short
 from registry.outcome import Outcome, Refusal
+from registry.record import Record
+from registry.redact import Redactor, environment_secrets, known_secrets, redact
 from registry.registration import KIND, Registration
-from registry.validate import SERVERS, redact
+from registry.validate import SERVERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-    from registry.record import Record
     from registry.schema import TrackingConfig
 
 T = TypeVar("T")
@@ -102,6 +104,8 @@ class Tracker:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what fails is raised, and told once
         self.uri = config.uri
+        self._secrets = environment_secrets(os.environ)
+        self.keep_secret(known_secrets({"uri": config.uri}))
         self._client = _guard(MlflowClient, config.uri)
         self._experiment = _guard(self._find_experiment, config)
 
@@ -128,6 +132,11 @@ class Tracker:
                 raise
             created = found.experiment_id
         return str(created)
+
+    def keep_secret(self, known: set[str]) -> None:
+        """Hide these, too, in what is logged from now on."""
+        self._secrets |= known
+        self._hidden = Redactor(self._secrets)
 
     @property
     def page(self) -> str:
@@ -161,8 +170,8 @@ class Tracker:
             self._client.create_run,
             self._experiment,
             start_time=_milliseconds(started_at) if started_at else None,
-            run_name=label[:NAME_LIMIT],
-            tags={RECORD_TAG: record_id, **tags},
+            run_name=self._hidden.text(label)[:NAME_LIMIT],
+            tags={RECORD_TAG: record_id, **self._hidden.plain(tags)},
         )
         self.log_params(run.info.run_id, config)
         return str(run.info.run_id)
@@ -175,7 +184,7 @@ class Tracker:
         """
         from mlflow.entities import Param
 
-        leaves = dict(flatten(config))
+        leaves = dict(flatten(self._hidden.plain(config)))
         params = [
             Param(key, value[:PARAM_LIMIT])
             for key, value in leaves.items()
@@ -209,7 +218,8 @@ class Tracker:
             TrackingDown: See the class.
         """
         if verdicts:
-            _guard(self._client.set_tag, run_id, "verdict", "\n".join(verdicts)[:TAG_LIMIT])
+            told = self._hidden.text("\n".join(verdicts))
+            _guard(self._client.set_tag, run_id, "verdict", told[:TAG_LIMIT])
         for file in files:
             _guard(self._log_artifact, run_id, file.name, file)
         _guard(self._client.set_terminated, run_id, status="FINISHED")
@@ -229,6 +239,7 @@ class Tracker:
         """
         from mlflow.entities import Metric, RunTag
 
+        record = Record(**self._hidden.plain(vars(record)))
         end = _milliseconds(record.started_at) + round(record.wall_s * 1000)
         metrics = [Metric(name, float(value), end, 0) for name, value in record.metrics.items()]
         for name, times in (("step_time_ms", record.step_times_ms), ("call_time_us", record.call_times_us)):
@@ -247,11 +258,17 @@ class Tracker:
         _guard(self._client.set_terminated, run_id, status=status, end_time=end)
 
     def _log_artifact(self, run_id: str, name: str, file: Path) -> None:
-        """Log a file under another name, byte by byte and however large."""
+        """Log a file under another name, byte by byte and however large, but for secrets that others left in it."""
         with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
-            link = Path(folder, name)
-            link.symlink_to(file.absolute())
-            self._client.log_artifact(run_id, str(link))
+            place = Path(folder, name)
+            content = records.read_json(file) if file.suffix == ".json" else None
+            if file.suffix == ".log":
+                logs.clean(file, place, self._hidden)
+            elif (kept := self._hidden.plain(content)) != content:
+                records.write_json(place, kept)
+            else:
+                place.symlink_to(file.absolute())
+            self._client.log_artifact(run_id, str(place))
 
     def known(self) -> dict[str, tuple[str, bool]]:
         """Every run of the experiment by its record: run id, and whether it is complete."""
@@ -397,6 +414,7 @@ def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], 
     tracker = Tracker(config)
     known = tracker.known()
     counts: Counter[str] = Counter()
+    logs.finish_abandoned(folder)
     everything, problems = everything_in(folder)
     for file, found in everything:
         run_id, complete = known.get(found.record_id, ("", False))
@@ -415,6 +433,7 @@ def _import(tracker: Tracker, found: Record | Registration, run_id: str, file: P
         run_id = run_id or tracker.open_experiment(found, file)
         tracker.close_experiment(run_id, (), ())
         return run_id
+    tracker.keep_secret(known_secrets(found.config))
     if run_id:
         tracker.log_params(run_id, found.config)
     else:
