@@ -17,6 +17,7 @@ from registry.export import export
 from registry.outcome import BadInput, Refused, nearest
 from registry.plan import plugin_options
 from registry.plugins import Catalog
+from registry.streams import hide
 from registry.synthesis import write_checkpoint
 from registry.tracking import TrackingDown, import_records
 from registry.validate import validate
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     exporter = commands.add_parser("export", help="write records as the study's own cell files")
     exporter.add_argument("--study", type=Path, required=True, metavar="DIR", help="where to")
     exporter.add_argument("folder", type=Path, nargs="?", default=Path("records"), help="records (default: records)")
+    hide()
     args = parser.parse_args(arguments)
     try:
         if args.command == "export":

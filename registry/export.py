@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from registry.outcome import Outcome
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from registry.record import Record
+
+
+NO_NAME = re.compile(r"[^A-Za-z0-9_]")
+"""What no file of the study's has in its name; a record may come from anywhere."""
+LONGEST = 200
+"""Characters of such a name."""
 
 
 def export(records: Sequence[Record], shapes: Mapping[str, str | None], folder: Path) -> tuple[list[Path], int]:
@@ -32,7 +39,7 @@ def export(records: Sequence[Record], shapes: Mapping[str, str | None], folder: 
         if record.outcome is not Outcome.OK or record.kind != "step" or shape is None:
             left_out += 1
             continue
-        name = f"{_prefix(shape, record)}.json"
+        name = f"{NO_NAME.sub('_', _prefix(shape, record))[:LONGEST]}.json"
         keys, known = _keys(shape, record), files.get(name, {})
         files[name] = (record.study | known if "graphed_p50_ms" in keys else known | record.study) | keys
     for name, content in files.items():

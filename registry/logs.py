@@ -14,6 +14,7 @@ import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from registry import files
 from registry.redact import Redactor, environment_secrets
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def of_environment() -> Redactor:
 def finish_abandoned(folder: Path) -> None:
     """Clean the logs under a folder of records whose writers were killed."""
     for raw in folder.rglob(".*.log"):
-        with contextlib.suppress(OSError), raw.open("rb") as stream:  # held by its writer, or another's
+        with contextlib.suppress(OSError), files.opened(raw) as stream:  # held by its writer, or another's
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _finish(raw, raw.with_name(raw.name[1:]), of_environment())
 
@@ -69,7 +70,7 @@ def clean(source: Path, target: Path, redactor: Redactor) -> None:
     Raises:
         OSError: One cannot be read, or the other written.
     """
-    with source.open("rb") as stream, target.open("wb") as output:
+    with files.opened(source) as stream, target.open("wb") as output:
         data = b""
         while piece := stream.read(CHUNK):
             data += piece

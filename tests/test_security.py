@@ -1,22 +1,41 @@
 """What a call, a YAML file, a model folder or a plugin tries that is none of its business."""
 
+import ast
+import dataclasses
+import json
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from sweeps import Start
+from test_record import made_up_cell, made_up_record
+from transformers import AutoModelForCausalLM
 
-from registry import sweep
+from registry import cli, logs, sweep
+from registry import record as records
+from registry.architecture import Architecture
+from registry.archive import everything_in
+from registry.checkpoint import INDEX, expected_tensors
 from registry.compose import CONF, Composer
 from registry.outcome import BadInput
 from registry.plugins import Catalog
+from registry.report.build import build
+from registry.report.observation import Observation
+from registry.report.page import html
 from registry.validate import validate
+from registry.weights import FolderWeights, check_weights, open_weights
 
 ROOT = CONF.parent
 
@@ -345,3 +364,273 @@ def test_a_launcher_that_is_no_plugin_of_hydra_s_is_refused_beforehand(call: Cal
 @pytest.mark.parametrize("arguments", [["-sc"], ["-sc", "foo=bar"], ["-sc", "install=tcsh"], ["-sc", "query=bash"]])
 def test_a_shell_that_cannot_be_completed_for_is_told(call: Call, arguments: list[str]) -> None:
     assert "shell" in told(call(*arguments))
+
+
+# Model folders
+
+
+@pytest.fixture(scope="module")
+def small(architecture: Architecture) -> Architecture:
+    return dataclasses.replace(architecture, name="small", layers=1, vocab=32, ffn=32)
+
+
+@pytest.fixture(scope="module")
+def saved(small: Architecture, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good folder in two shards; never changed."""
+    folder = tmp_path_factory.mktemp("saved")
+    AutoModelForCausalLM.from_config(small.transformers_config()).save_pretrained(folder, max_shard_size="200KB")
+    assert len([*folder.glob("*.safetensors")]) == 2
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def refusal(folder: Path, architecture: Architecture) -> str:
+    """What is said of it, at once."""
+    start = time.monotonic()
+    with pytest.raises(BadInput) as caught:
+        check_weights(str(folder), architecture)
+    assert time.monotonic() - start < 5
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        *("../x.safetensors", "/etc/hostname", "sub/x.safetensors", "a/../../x.safetensors", "..", ".", "", "/"),
+        *("./x.safetensors", "x.safetensors/", "~/x.safetensors", "x\0.safetensors", "x" * 300, "\udcff.safetensors"),
+        *(None, 5, ["x.safetensors"], {"x": 1}, True),
+    ],
+)
+def test_an_index_names_files_of_its_own_folder(folder: Path, small: Architecture, shard: object) -> None:
+    for name in ("x.safetensors", "sub/x.safetensors", "../x.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(next(folder.glob("model-00001*")), folder / name)
+    index = json.loads((folder / INDEX).read_text())
+    check_weights(str(folder), small)
+    index["weight_map"]["lm_head.weight"] = shard
+    (folder / INDEX).write_text(json.dumps(index))
+    told = refusal(folder, small)
+    assert "files of its own folder" in told or f"which {INDEX} lists" in told
+
+
+def blobs(folder: Path) -> None:
+    """The layout of the hub's cache: names in a snapshot that lead to contents elsewhere."""
+    (folder.parent / "blobs").mkdir()
+    for number, file in enumerate(folder.iterdir()):
+        file.rename(folder.parent / "blobs" / f"{number}")
+        file.symlink_to(Path("..", "blobs", f"{number}"))
+
+
+def elsewhere(folder: Path) -> None:
+    """Whoever made a link on this machine could read what it leads to; nothing of it is written anywhere."""
+    [file] = folder.glob("model-00002*")
+    file.rename(folder.parent / "big.safetensors")
+    file.symlink_to((folder.parent / "big.safetensors").absolute())
+
+
+@pytest.mark.parametrize("link", [blobs, elsewhere])
+def test_links_to_files_are_followed(folder: Path, small: Architecture, link: Callable[[Path], None]) -> None:
+    link(folder)
+    check_weights(str(folder), small)
+    source = FolderWeights(folder)
+    for name, shape in expected_tensors(small).items():
+        assert source.tensor(name, shape, torch.bfloat16, "cpu").shape == shape
+
+
+def nothing(file: Path) -> None:
+    file.symlink_to("gone")
+
+
+def itself(file: Path) -> None:
+    file.symlink_to(file.name)
+
+
+def endless(file: Path) -> None:
+    file.symlink_to("/dev/zero")
+
+
+def a_pipe(file: Path) -> None:
+    os.mkfifo(file)
+
+
+def a_folder(file: Path) -> None:
+    file.mkdir()
+
+
+def huge(file: Path) -> None:
+    file.touch()
+    os.truncate(file, 1 << 40)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model-00001-of-00002.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("thing", [nothing, itself, endless, a_pipe, a_folder, huge])
+def test_what_is_no_file_is_refused_and_not_waited_for(
+    folder: Path, small: Architecture, name: str, thing: Callable[[Path], None]
+) -> None:
+    if name == "model.safetensors":
+        (folder / INDEX).unlink()
+    else:
+        (folder / name).unlink()
+    thing(folder / name)
+    if name == INDEX and thing in (nothing, itself):
+        check_weights(str(folder), small)  # as without one
+    else:
+        assert str(folder) in refusal(folder, small)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.ckpt"])
+def test_pickled_weights_are_refused_by_name(folder: Path, small: Architecture, name: str, tmp_path: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / name).write_bytes(pickle.dumps(Burglar(tmp_path / "entered")))
+    told = refusal(folder, small)
+    assert name in told
+    assert "pickle" in told
+    assert not (tmp_path / "entered").exists()
+
+
+def test_a_folder_s_own_code_is_never_imported(start: Start, tmp_path: Path, architecture: Architecture) -> None:
+    """There is nothing to switch on: models are built by name, and a folder is its numbers and tensors."""
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(architecture.transformers_config()).save_pretrained(folder)
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'entered')!r}).touch()\nclass Burglar: pass\n"
+    for name in ("modeling_burglar.py", "configuration_burglar.py", "tokenization_burglar.py", "__init__.py"):
+        (folder / name).write_text(code)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(code)
+    maps = {
+        "AutoConfig": "configuration_burglar.Burglar",
+        "AutoModelForCausalLM": "modeling_burglar.Burglar",
+        "AutoTokenizer": ["tokenization_burglar.Burglar", None],
+    }
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": maps, "trust_remote_code": True, "architectures": ["Burglar"]})
+    )
+    for name in ("tokenizer_config.json", "generation_config.json", "processor_config.json"):
+        (folder / name).write_text(json.dumps({"auto_map": maps, "trust_remote_code": True}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_TRUST_REMOTE_CODE", "1")
+        call = start(f"model.weights={folder}", "quant=none,nf4").end()
+    assert call.code == 0, call.stderr
+    assert [record["outcome"] for record in call.records()] == ["ok", "ok"]
+    assert not (tmp_path / "entered").exists()
+
+
+def test_of_the_hub_only_tensors_and_settings_are_asked_for(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(repository: str, **wanted: Any) -> str:
+        asked.update(wanted, repository=repository)
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    open_weights("owner/name", None, seed=0)
+    assert asked["allow_patterns"] == ["*.safetensors", "*.json"]
+
+
+# rfloor's own code
+
+OURS = [ROOT / "runner.py", *(ROOT / "registry").rglob("*.py"), *(ROOT / "backends").rglob("*.py")]
+PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing"}
+CALLS = {
+    *("torch.load", "torch.save", "np.load", "numpy.load", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen"),
+    *("eval", "exec", "compile", "__import__", "hydra.utils.instantiate", "instantiate", "hydra.utils.call"),
+}
+WORDS = {"trust_remote_code", "allow_pickle", "shell"}
+
+
+@pytest.mark.parametrize("file", OURS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_code_of_ours_unpickles_evaluates_or_trusts(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            assert not PICKLES & {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").partition(".")[0] not in PICKLES
+            assert not {"ProcessPoolExecutor"} & {alias.name for alias in node.names}
+        elif isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in CALLS, ast.unparse(node)
+            assert not WORDS & {keyword.arg for keyword in node.keywords}, ast.unparse(node)
+
+
+def test_a_worker_is_asked_and_answers_in_json(tmp_path: Path) -> None:
+    request = {"config": {}, "device": "cpu", "targets": {}, "mean_context": 0.0, "trace": "", "odd": "{}"}
+    for asked in (json.dumps(request), "", "{", "[1]", pickle.dumps(Burglar(tmp_path / "entered"), 0).decode()):
+        done = subprocess.run(
+            [sys.executable, "-m", "registry.worker", str(tmp_path / "answer.json")],
+            input=asked,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0
+        assert json.loads((tmp_path / "answer.json").read_text())["outcome"] == "crash"
+    assert not (tmp_path / "entered").exists()
+
+
+# Loopback
+
+
+def test_mlflow_s_pages_are_served_on_loopback(monkeypatch: pytest.MonkeyPatch, composer: Composer) -> None:
+    """By `make ui`, and by the command that a call ends with; an MLFLOW_HOST of the environment would be obeyed."""
+    [recipe] = re.findall(r"^\t.*mlflow ui.*$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert "--host 127.0.0.1" in recipe
+    printed: list[str] = []
+    monkeypatch.setattr("rich.console.Console.print", lambda _, text, **__: printed.append(str(text)))
+    sweep._tell_where(set(), composer.cell([]), "/#/x")
+    assert re.search(r"mlflow ui .*--host 127\.0\.0\.1 .*then open http://127\.0\.0\.1:5000/#/x$", printed[-1])
+    assert composer.cell(["tracking=server"]).tracking.uri.startswith("http://127.0.0.1:")
+
+
+# Records of others
+
+
+def test_a_report_runs_no_script_of_a_record(composer: Composer) -> None:
+    script = "<script>alert(1)</script>"
+    cell = made_up_cell(composer)
+    record = made_up_record(
+        cell, record_id=script, label=script, reason=script, warnings=[script], started_at="2026-07-01<10:10:10+00:00"
+    )
+    record.config["model"]["name"] = record.config["quant"]["name"] = script
+    record.environment["device"]["name"] = record.environment["git"]["commit"] = script
+    report = build(composer.cell(["experiment=matrix"]).experiment, [Observation(record, script)], [])
+    assert "<script>alert" not in html(report)
+    assert "2026-07-01<10" not in html(report)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "..", "x\0y", "x" * 300, 5, None, ["x"], {}])
+@pytest.mark.parametrize("where", [("model", "name"), ("gpu", "name"), ("protocol", "context"), ("model",)])
+def test_an_export_writes_into_its_own_folder(
+    tmp_path: Path, composer: Composer, name: object, where: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = made_up_record(made_up_cell(composer), experiment="matrix")
+    place: Any = record.config
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = name
+    record.study["p50_ms"] = 2.0
+    records.write(record, tmp_path / "records")
+    target = tmp_path / "a" / "b" / "target"
+    before = {*tmp_path.rglob("*")}
+    assert cli.main(["export", "--study", str(target), str(tmp_path / "records")]) in (0, 1)
+    new = {*tmp_path.rglob("*")} - before - {tmp_path / "a", tmp_path / "a" / "b", target}
+    assert all(file.parent == target for file in new)
+    assert "Traceback" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("thing", [nothing, itself, endless, a_pipe, a_folder, huge])
+def test_what_is_no_record_is_told_and_not_waited_for(tmp_path: Path, thing: Callable[[Path], None]) -> None:
+    thing(tmp_path / "a.json")
+    if thing is not huge:
+        thing(tmp_path / ".a.log")
+    start = time.monotonic()
+    found, [problem] = everything_in(tmp_path)
+    logs.finish_abandoned(tmp_path)
+    assert time.monotonic() - start < 5
+    assert found == []
+    assert problem.startswith(f"{tmp_path / 'a.json'}: ")

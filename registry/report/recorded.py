@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from registry import record as records
 from registry import registration as registrations
+from registry.complete import complete
 from registry.outcome import BadInput
 from registry.report.build import build, write
 from registry.report.observation import Observation
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from registry.record import Record
     from registry.report.document import Report
     from registry.schema import Config
 
@@ -40,7 +42,7 @@ def report(
     experiment = config.experiment
     tracker = Tracker(config.tracking)
     own = experiment.name if experiment.cells else ""  # a report without cells of its own tells of all runs
-    measured, problems = tracker.recorded(RECORD, records.from_plain, own, sweeps)
+    measured, problems = tracker.recorded(RECORD, _complete, own, sweeps)
     observations = [Observation(record, run_id) for run_id, record in measured]
     if not observations:
         told = f" of the sweeps {', '.join(sweeps)}" if sweeps else ""
@@ -55,3 +57,12 @@ def report(
     for run_id, _ in fixed:
         tracker.close_experiment(run_id, found.verdicts, files)
     return found, files, [*problems, *unread]
+
+
+def _complete(content: Any) -> Record:
+    """A record of which something can be told.
+
+    Raises:
+        BadRecord: It is none.
+    """
+    return complete(records.from_plain(content))
