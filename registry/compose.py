@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from registry import doors
+from registry.axes import TOLD, check_count, check_product, texts
 from registry.environments import ROOT
 from registry.outcome import BadInput, nearest
 from registry.plugins import KINDS, Catalog
@@ -101,20 +102,21 @@ class Composer:
             BadInput: An override that cannot be parsed, is not allowed, or names what does not exist; a sweep
                 without `-m`.
         """
-        try:
-            parsed = [override for text in overrides for override in self._parser.parse_overrides([text])]
-        except HydraException as error:
-            raise BadInput(f"cannot read an override: {str(error).splitlines()[0]}") from error
+        parsed = [self._parse(text) for text in overrides]
         for override in parsed:
             self._check(override, multirun)
         self._check_hydra([override.input_line or "" for override in parsed if override.is_hydra_override()])
-        axes = {o.get_key_element(): _texts(o) for o in parsed if not o.is_hydra_override()}
+        axes = {o.get_key_element(): texts(o) for o in parsed if not o.is_hydra_override()}
         if axes.get(EXPERIMENT, NO_EXPERIMENT) == NO_EXPERIMENT:
+            check_product(axes.values())
             return [list(job) for job in itertools.product(*axes.values())]
         jobs: dict[tuple[str, ...], None] = {}  # in order, and those that two products of an experiment share once
         for experiment in axes.pop(EXPERIMENT):
             for product in self._products(experiment, multirun):
-                jobs |= dict.fromkeys(itertools.product(*_with(product, axes).values()))
+                own = _with(product, axes)
+                check_product(own.values())
+                jobs |= dict.fromkeys(itertools.product(*own.values()))
+                check_count(len(jobs), EXPERIMENT)
         return [list(job) for job in jobs]
 
     def _products(self, experiment: str, multirun: bool) -> list[dict[str, list[str]]]:
@@ -126,17 +128,33 @@ class Composer:
             raise BadInput(f"{experiment} measures nothing, it tells of recorded runs: rfloor report {config.name}")
         products = []
         for cells in config.cells:
-            parsed = [self._parser.parse_overrides([_text(str(key), value)])[0] for key, value in cells.items()]
+            parsed = [self._parse(_text(str(key), value)) for key, value in cells.items()]
             for override in parsed:
                 if override.is_hydra_override():
                     raise BadInput(f"{experiment}: {override.input_line} is Hydra's own and no axis of a cell")
                 self._check(override, multirun=True)
-            products.append({EXPERIMENT: [experiment]} | {o.get_key_element(): _texts(o) for o in parsed})
+            products.append({EXPERIMENT: [experiment]} | {o.get_key_element(): texts(o) for o in parsed})
         return products
 
     def cell_overrides(self, overrides: Sequence[str]) -> list[str]:
         """Those of a call's overrides that are its cells' and not Hydra's own."""
-        return [text for text in overrides if not self._parser.parse_overrides([text])[0].is_hydra_override()]
+        return [text for text in overrides if not self._parse(text).is_hydra_override()]
+
+    def _parse(self, text: str) -> Override:
+        """One override.
+
+        Raises:
+            BadInput: It cannot be read; what Hydra's grammar and functions raise is of many kinds.
+        """
+        try:
+            [parsed] = self._parser.parse_overrides([text])
+        except RecursionError as error:
+            raise BadInput(f"cannot read an override: nested too deeply: {text[:TOLD]}...") from error
+        except Exception as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            told = lines[:2] if lines[0].startswith("Error parsing") else lines[:1]  # the next says what and why
+            raise BadInput(f"cannot read an override: {' '.join(told)}") from error
+        return parsed
 
     def _check(self, override: Override, multirun: bool) -> None:
         doors.check_override(override)
@@ -155,12 +173,12 @@ class Composer:
             self._check_options(key, override)
         elif not (override.is_add() or override.is_force_add()):
             self._check_key(key)
-        if not _texts(override):
+        if not texts(override):
             raise BadInput(f"{text}: this sweep has no values")
 
     def _check_options(self, group: str, override: Override) -> None:
         known = self.options(group)
-        for choice in _texts(override):
+        for choice in texts(override):
             option = choice.partition("=")[2].strip("'\"")
             if option not in known:
                 raise BadInput(f"no {group} is called {option!r}: {nearest(option, known)}")
@@ -225,7 +243,7 @@ class Composer:
             BadInput: A value of the wrong type, a value that is missing, or an unknown option of a plugin.
         """
         try:
-            parsed = self._parser.parse_overrides(list(overrides))
+            parsed = [self._parse(text) for text in overrides]
             groups = tuple(o.input_line or "" for o in parsed if o.key_or_group in GROUPS)
             values = [o for o in parsed if o.key_or_group not in GROUPS]
             config = copy.deepcopy(self._groups(groups))
@@ -287,13 +305,6 @@ def _with(product: dict[str, list[str]], axes: dict[str, list[str]]) -> dict[str
     """An experiment's axes with those that the call gives in place of the same."""
     given = {SHORT.get(key, key) for key in axes}
     return {key: texts for key, texts in product.items() if SHORT.get(key, key) not in given} | axes
-
-
-def _texts(override: Override) -> list[str]:
-    key = override.get_key_element()
-    if override.is_sweep_override():
-        return [f"{key}={value}" for value in override.sweep_string_iterator()]
-    return [f"{key}={override.get_value_element_as_str()}"]
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:

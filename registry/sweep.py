@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.experimental.callback import Callback
 
+from registry.axes import check_count
 from registry.compose import Composer, to_config
 from registry.doors import check_flags
 from registry.experiments import blocks
@@ -208,6 +209,7 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
         many = len(jobs) > 1
         raise BadInput("\n        ".join(f"{p} (in: {where})" if many else p for p, where in problems.items()))
     protocol = cells[0].config.protocol
+    check_count(len(cells) * protocol.sessions, "this sweep")
     ordered = order(blocks(jobs, cells), protocol.sessions, protocol.seed)
     return Sweep(cells, [Job(jobs[place], cells[place], session) for session, place in ordered])
 
