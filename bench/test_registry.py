@@ -14,7 +14,8 @@ from registry.outcome import Outcome
 from registry.plan import Planner
 from registry.plugins import Catalog
 from registry.schema import TrackingConfig
-from registry.tracking import Tracker, artifacts
+from registry.shown import artifacts
+from registry.tracking import Tracker
 
 if TYPE_CHECKING:
     from pathlib import Path

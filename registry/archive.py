@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from registry import manifest
 from registry import record as records
 from registry import registration as registrations
+from registry.complete import complete
 from registry.record import Record
 from registry.registration import KIND, Registration
 
@@ -32,9 +33,15 @@ def everything_in(folder: Path) -> tuple[list[tuple[Path, Record | Registration]
 
 
 def records_in(folder: Path) -> tuple[list[Record], list[str]]:
-    """The records alone."""
-    found, problems = everything_in(folder)
-    return [one for _, one in found if isinstance(one, Record)], problems
+    """The records alone, those of which something can be told; the others are among the problems."""
+    everything, problems = everything_in(folder)
+    found = []
+    for file, one in everything:
+        try:
+            found += [complete(one)] if isinstance(one, Record) else []
+        except records.BadRecord as error:
+            problems.append(f"{file}: {error}")
+    return found, problems
 
 
 def _of_any_kind(content: Any) -> Record | Registration:

@@ -14,14 +14,16 @@ from registry.checkpoint import CheckpointFormat
 from registry.compose import Composer
 from registry.display import console, tell_status
 from registry.export import export
+from registry.importing import import_records
+from registry.mlflow_client import TrackingDown
 from registry.outcome import BadInput, Refused, nearest
 from registry.plan import plugin_options
 from registry.plugins import Catalog
 from registry.report.terminal import tell_report
 from registry.status import statuses
+from registry.streams import hide
 from registry.synthesis import write_checkpoint
-from registry.tracking import TrackingDown, import_records
-from registry.validate import redact, validate
+from registry.validate import validate
 from registry.weights import check_weights, open_weights
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     teller = commands.add_parser("status", help="tell what of each sweep is measured, failed or missing")
     teller.add_argument("folder", type=Path, nargs="?", default=Path("records"), help="records (default: records)")
     teller.add_argument("sweep", nargs="*", help="tell of these alone, cell by cell")
+    hide()
     args = parser.parse_args(arguments)
     try:
         if args.command == "status":
@@ -69,13 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
             return _synthesize(args.overrides)
         return _import(args.folder, args.overrides)
     except BadInput as error:
-        print(f"rfloor: {redact(str(error))}", file=sys.stderr)
+        print(f"rfloor: {error}", file=sys.stderr)
         return 2
     except Refused as error:
         print(f"rfloor: {error}", file=sys.stderr)
         return 1
     except TrackingDown as error:
-        print(f"rfloor: MLflow cannot be reached: {redact(str(error))}", file=sys.stderr)
+        print(f"rfloor: MLflow cannot be reached: {error}", file=sys.stderr)
         return 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
     from registry.record import Record
     from registry.schema import ExperimentConfig
+
+
+NO_NAME = re.compile(r"[^A-Za-z0-9_]")
+"""What no file of the study's has in its name; a record may come from anywhere."""
+LONGEST = 200
+"""Characters of such a name."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from registry import files
 from registry.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def read_json(file: Path) -> Any:
         BadRecord: It cannot be read or is no JSON.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return json.loads(files.read_text(file), parse_constant=_refuse_constant)
     except RecursionError as error:
         raise BadRecord("nested too deeply") from error
     except (OSError, ValueError) as error:

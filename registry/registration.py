@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from registry.experiments import applies
 from registry.outcome import BadInput
 from registry.record import BadRecord, read_json, write_json
+from registry.redact import Redactor
 from registry.schema import ExperimentConfig, from_plain
 from registry.stats import CONFIDENCE, RESAMPLES
 
@@ -109,7 +110,7 @@ def register(sweep_id: str, ordered: Sequence[tuple[int, Cell]], seed: int) -> l
         registration = Registration(
             record_id=f"{sweep_id}-{name}",
             sweep_id=sweep_id,
-            experiment=config.experiment,
+            experiment=from_plain(ExperimentConfig, Redactor().plain(dataclasses.asdict(config.experiment))),
             gpus={cell.config.gpu.name: cell.config.gpu.peak_bandwidth_gbs for _, cell in own},
             sessions=config.protocol.sessions,
             seed=seed,

@@ -16,16 +16,17 @@ import time
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from registry import hardware, metrics
+from registry import hardware, logs, metrics
 from registry import record as records
 from registry.cache import kernel_environment
 from registry.environments import ROOT, interpreter
 from registry.outcome import Outcome
 from registry.record import Record
+from registry.redact import Redactor, environment_secrets, known_secrets
 from registry.schema import what_is_measured
-from registry.tracking import artifacts
+from registry.shown import artifacts
 from registry.worker import STAGES_FD, Request, to_json
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from registry.plan import Cell
 
 REASON_LIMIT = 1000  # characters; the log beside the record has the rest
+LAST_BYTES = 1 << 20  # of a log, in which a dead worker's last words are looked for
 FORCED_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's order: device 0 is the same to both
 CHILD_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -56,6 +58,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
     """
     started, clock = datetime.now(UTC), time.monotonic()
     folder = Path(cell.config.records)
+    hidden = Redactor(environment_secrets(os.environ) | known_secrets(dataclasses.asdict(cell.config)))
     record = Record(
         record_id=uuid.uuid4().hex,
         cell_id=cell.cell_id,
@@ -65,7 +68,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
         label=cell.label,
         started_at=started.isoformat(timespec="milliseconds"),
         wall_s=0.0,
-        config=what_is_measured(cell.config),
+        config=hidden.plain(what_is_measured(cell.config)),
         environment={
             "device": hardware.describe(cell.device),
             "versions": cell.versions,
@@ -86,12 +89,13 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
     elif cell.refusal:
         answer = dataclasses.asdict(cell.refusal)
     else:
-        answer = _ask_worker(cell, file, call)
+        answer = _ask_worker(cell, file, call, hidden)
     record.outcome = Outcome(answer.pop("outcome"))
     record.reason, record.remedy = (_sentence(answer.pop(key, "")) for key in ("reason", "remedy"))
     if record.outcome is Outcome.OK:
         record = _filled(record, cell, answer)
     record.wall_s = round(time.monotonic() - clock, 3)
+    record = Record(**hidden.plain(vars(record)))
     records.write(record, folder)
     call.interrupted |= record.outcome is Outcome.INTERRUPTED
     if run_id:
@@ -135,36 +139,23 @@ def fill(record: Record, cell: Cell, measured: dict[str, Any]) -> None:
     record.measured = measured
 
 
-def _ask_worker(cell: Cell, file: Path, call: Call) -> dict[str, Any]:
-    """Run the child process and take its answer, or make one out of how it ended; its log lies beside the record."""
+def _ask_worker(cell: Cell, file: Path, call: Call, hidden: Redactor) -> dict[str, Any]:
+    """Run the child process and take its answer, or make one out of how it ended; its log lies beside the record.
+
+    What is asked may hold secrets and has no name on disk; what is answered holds none.
+    """
     log = file.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="rfloor-") as folder, log.open("wb") as output:
-        question, answer, trace = (Path(folder, name) for name in ("request.json", "answer.json", "trace.json.gz"))
+    with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
+        answer, trace = Path(folder, "answer.json"), Path(folder, "trace.json.gz")
         request = Request(cell.config, cell.device.kind, cell.targets, cell.mean_context, str(trace))
-        question.write_text(to_json(request), encoding="utf-8")
-        read_end, write_end = os.pipe()
         try:
-            child = subprocess.Popen(
-                [_interpreter(cell), "-m", "registry.worker", str(question), str(answer)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=(write_end,),
-                start_new_session=True,
-                env=_environment(cell) | {STAGES_FD: str(write_end)},
-            )
-        finally:
-            os.close(write_end)
-        try:
-            with call.listen():
-                finished = _wait(child, read_end, cell.config.protocol.timeout_s, call.stage)
+            with logs.opened(log, hidden) as output, tempfile.TemporaryFile() as question:
+                question.write(to_json(request).encode())
+                question.seek(0)
+                returncode = _run_worker(cell, question, answer, output, call, hidden)
         except KeyboardInterrupt:
             return {"outcome": Outcome.INTERRUPTED, "reason": "interrupted by the user"}
-        finally:
-            os.close(read_end)
-            _kill(child)
-        if not finished:
+        if returncode is None:
             return {
                 "outcome": Outcome.TIMEOUT,
                 "reason": f"not done after {cell.config.protocol.timeout_s:g} s",
@@ -176,7 +167,39 @@ def _ask_worker(cell: Cell, file: Path, call: Call) -> dict[str, Any]:
                 with contextlib.suppress(OSError):  # a trace for which there is no room costs no figures
                     shutil.move(trace, records.trace_path(file))
             return content
-        return _died(child.returncode, log)
+        return _died(returncode, log)
+
+
+def _run_worker(
+    cell: Cell, question: IO[bytes], answer: Path, output: IO[bytes], call: Call, hidden: Redactor
+) -> int | None:
+    """The child's exit code, or `None` once its time is over; neither it nor what it started is left.
+
+    Raises:
+        KeyboardInterrupt: The user wants no more.
+    """
+    read_end, write_end = os.pipe()
+    try:
+        child = subprocess.Popen(
+            [_interpreter(cell), "-m", "registry.worker", str(answer)],
+            stdin=question,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(write_end,),
+            start_new_session=True,
+            env=_environment(cell) | {STAGES_FD: str(write_end)},
+        )
+    finally:
+        os.close(write_end)
+    try:
+        with call.listen():
+            finished = _wait(
+                child, read_end, cell.config.protocol.timeout_s, lambda name: call.stage(hidden.text(name))
+            )
+    finally:
+        os.close(read_end)
+        _kill(child)
+    return child.returncode if finished else None
 
 
 def _environment(cell: Cell) -> dict[str, str]:
@@ -234,7 +257,9 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 def _died(returncode: int, log: Path) -> dict[str, Any]:
     """What a child that left no answer died of."""
-    text = log.read_text(encoding="utf-8", errors="replace")
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - LAST_BYTES))
+        text = stream.read().decode(errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
     last = f"; its last words: {lines[-1][:300]}" if lines else ""
     if "Fatal Python error" in text:  # faulthandler's dump: its first frame says more than its last line

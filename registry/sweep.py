@@ -8,6 +8,7 @@ the configuration names; `job` is what the launcher runs.
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
 import shlex
 import signal
@@ -25,16 +26,20 @@ from hydra.experimental.callback import Callback
 
 from registry import manifest as manifests
 from registry import registration as registrations
+from registry.axes import check_count
 from registry.compose import Composer, to_config
+from registry.doors import check_flags
 from registry.experiments import blocks
 from registry.hardware import find_device
 from registry.manifest import Planned
 from registry.outcome import BadInput
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
+from registry.redact import known_secrets, redact
 from registry.resume import look
 from registry.sessions import order
-from registry.validate import SERVERS, redact
+from registry.streams import hide
+from registry.validate import SERVERS
 
 if TYPE_CHECKING:
     import argparse
@@ -51,7 +56,8 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 ABOUT = ("help", "hydra_help", "shell_completion", "cfg", "info")
 """Flags with which Hydra tells about itself and runs nothing."""
-REFUSED_FLAGS = ("config_path", "config_name", "config_dir", "experimental_rerun", "package", "resolve")
+COMPLETIONS = ("install", "uninstall", "query")
+SHELLS = ("bash", "fish", "zsh")
 
 
 @dataclass
@@ -136,16 +142,19 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         SystemExit: 2 for bad input, 0 after a dry run.
     """
     global _sweep
+    hide()
     try:
         args = _parse(arguments)
+        check_flags(args)
         composer = _composer()
         if any(getattr(args, flag) for flag in ABOUT):
             _check_about(args, composer)
             return list(arguments)
         _sweep = preflight(args, composer)
     except BadInput as error:
-        print(f"rfloor: {redact(str(error))}", file=sys.stderr)
+        print(f"rfloor: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    hide(secret for cell in _sweep.cells for secret in known_secrets(dataclasses.asdict(cell.config)))
     for problem in _sweep.problems:
         print(f"rfloor: no record: {problem}", file=sys.stderr)
     if any(cell.config.dry_run for cell in _sweep.cells):
@@ -182,13 +191,26 @@ def _check_about(args: argparse.Namespace, composer: Composer) -> None:
         BadInput: An override is wrong, or flags exclude each other.
     """
     if args.shell_completion:  # of overrides that are not finished yet
+        _check_completion(args.overrides)
         return
     if args.multirun and (args.cfg or args.info):
         raise BadInput("--cfg and --info tell about one cell: leave out -m")
-    if args.resolve and not args.cfg:
-        raise BadInput("--resolve goes with --cfg")
     for job_overrides in composer.jobs(args.overrides, multirun=args.multirun):
-        composer.cell(job_overrides)
+        hide(known_secrets(dataclasses.asdict(composer.cell(job_overrides))))
+
+
+def _check_completion(overrides: Sequence[str]) -> None:
+    """Refuse what Hydra's completion of a shell's words cannot be asked.
+
+    Raises:
+        BadInput: It is not one word to one shell, or no shell asks.
+    """
+    asked = [(command, shell) for command, _, shell in (text.partition("=") for text in overrides)]
+    [(command, shell)] = asked if len(asked) == 1 else [("", "")]
+    if command not in COMPLETIONS or shell not in SHELLS:
+        raise BadInput(f"--shell-completion takes {', '.join(COMPLETIONS)}=SHELL, a shell of {', '.join(SHELLS)}")
+    if command == "query" and "COMP_LINE" not in os.environ:
+        raise BadInput("--shell-completion query=SHELL is the shell's own question, which it asks in COMP_LINE")
 
 
 def tell_plan(sweep: Sweep) -> None:
@@ -230,9 +252,6 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
     Raises:
         BadInput: One cell or more cannot be meant: all of their problems, each once.
     """
-    for flag in REFUSED_FLAGS:
-        if getattr(args, flag):
-            raise BadInput(f"--{flag.replace('_', '-')}: rfloor's configuration lies in conf/ and in its plugins")
     jobs = composer.jobs(args.overrides, multirun=args.multirun)
     planner = _planner()
     cells: list[Cell] = []
@@ -255,6 +274,7 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
         many = len(jobs) > 1
         raise BadInput("\n        ".join(f"{p} (in: {where})" if many else p for p, where in problems.items()))
     seed = secrets.randbits(32)
+    check_count(len(cells) * cells[0].config.protocol.sessions, "this sweep")
     ordered = order(blocks(jobs, cells), cells[0].config.protocol.sessions, seed)
     found = [Job(jobs[cell], cells[cell], session, place) for place, (session, cell) in enumerate(ordered)]
     sweep = Sweep(cells, found, f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", seed)
@@ -320,6 +340,7 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext
 
+    from registry import logs
     from registry import record as records
     from registry.call import Call
     from registry.display import Reporter, console
@@ -359,6 +380,7 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         reporter.stage(f"opening {config.tracking.uri.partition('://')[0]} tracking")
         _track(call, config.tracking)
         call.tracked(lambda mlflow: mlflow.close_left())
+        logs.finish_abandoned(folder)
         opened = open_runs(registered, Path(config.records), call)
         _running = Running(call, reporter)
         ended = [one.return_value for one in launcher.launch(jobs, initial_job_idx=0)] if jobs else []
@@ -402,7 +424,8 @@ def job(config: DictConfig) -> dict[str, Any]:
 
 def _track(call: Call, tracking: TrackingConfig) -> None:
     """Open MLflow, or note why that failed."""
-    from registry.tracking import Tracker, TrackingDown
+    from registry.mlflow_client import TrackingDown
+    from registry.tracking import Tracker
 
     try:
         call.tracker = Tracker(tracking)
@@ -433,7 +456,7 @@ def _tell_where(errors: set[str], config: Config, page: str) -> None:
     if uri.startswith(SERVERS):
         opens = f"open {uri.rstrip('/')}{page}"
     else:
-        opens = f"{_mlflow()} ui --backend-store-uri {_absolute(uri)}, then open http://127.0.0.1:5000{page}"
+        opens = f"{_mlflow()} ui --host 127.0.0.1 --backend-store-uri {_absolute(uri)}, then open http://127.0.0.1:5000{page}"
     out.print(f"Compare the runs in the MLflow UI: {opens}", highlight=False, markup=False, soft_wrap=True)
 
 

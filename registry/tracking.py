@@ -7,31 +7,27 @@ MLflow shows can always be rebuilt from the records by `rfloor import`.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import tempfile
-import time
-from collections import Counter
-from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from registry import logs
 from registry import record as records
-from registry.archive import everything_in
-from registry.kernels import short
-from registry.locks import locked
-from registry.outcome import BadInput, Outcome, Refusal, nearest
-from registry.patience import persist
+from registry.mlflow_client import TrackingDown, opened
+from registry.outcome import BadInput, nearest
 from registry.process import has_ended, this_process
+from registry.record import Record
+from registry.redact import Redactor, environment_secrets, known_secrets, redact
 from registry.registration import HASH_TAG, KIND, Registration
-from registry.validate import SERVERS, redact, sqlite_file
+from registry.shown import NAME_LIMIT, PARAM_LIMIT, REGISTRATION, STATUS, TAG_LIMIT, VIEW, flatten, saved_view, tags
+from registry.validate import SERVERS, sqlite_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-    from registry.record import Record
     from registry.schema import TrackingConfig
 
 T = TypeVar("T")
@@ -39,62 +35,6 @@ RECORD_TAG = "rfloor.record_id"
 PROCESS_TAG = "rfloor.process"
 """The process that opened a run and is to close it."""
 LEFT = "the process that measured this was killed; if its record lies on disk, rfloor import completes the run"
-STATUS = {
-    Outcome.OK: "FINISHED",
-    Outcome.OOM: "FINISHED",
-    Outcome.UNSUPPORTED: "FINISHED",
-    Outcome.INTERRUPTED: "KILLED",
-}
-"""MLflow's run status for an outcome; every other one is FAILED."""
-PARAM_LIMIT = 6000  # characters of one parameter that MLflow's databases hold
-TAG_LIMIT = 8000
-NAME_LIMIT = 250
-RECORD = "cell.json"
-"""The artifact of a cell's run that is its record."""
-REGISTRATION = "registration.json"
-"""The artifact of an experiment's run that holds what was fixed beforehand."""
-VIEW = "rfloor"
-"""Key and name of the saved view that an experiment of ours has in MLflow's UI: the axes beside the figures,
-where the UI alone would show neither."""
-VIEW_COLUMNS = {
-    "params.quant.name": 90,
-    "params.attention.name": 110,
-    "params.execution.name": 110,
-    "metrics.median_tpot_ms": 120,
-    "metrics.r_floor": 80,
-    "metrics.mbu": 80,
-    "metrics.mbu_attainable": 120,
-    "metrics.tokens_per_s": 110,
-    "metrics.floor_ms": 80,
-    "metrics.peak_memory_gb": 130,
-    "tags.outcome": 100,
-    "tags.experiment": 110,
-    "tags.kernels": 260,
-    "params.protocol.context": 120,
-    "params.backend.name": 100,
-    "params.model.name": 110,
-    "params.gpu.name": 90,
-}
-"""Columns of the view in order, and their widths in pixels; a run's name begins with its quant and execution."""
-QUIET_CLIENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # no background thread beside a timed child
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # rfloor asks again itself: see `Tracker._create_run`
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",  # seconds; a server that hangs is told within them, not within minutes
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # of every run that ends on a server
-    "PGCONNECT_TIMEOUT": "10",  # seconds, libpq's own, for a PostgreSQL that is reached without a server
-}
-PATIENCE_S = 12.0
-"""How long one call of MLflow may fail before it is left alone. The attempt that is under way then may last longer: a
-request its 15 s, and where somebody keeps an SQLite database locked MLflow itself waits for 20."""
-OPENING_S = 60.0
-"""How long others may be at opening the same SQLite database; the first makes its tables, which takes seconds."""
-PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
-"""MLflow's codes for what may be gone a little later; it gives the first to a server that does not answer, too."""
-
-
-class TrackingDown(Exception):
-    """MLflow could not be reached or did not take a run; the record is safe on disk."""
 
 
 class Tracker:
@@ -114,26 +54,10 @@ class Tracker:
             raise BadInput(
                 f"tracking.uri={redact(config.uri)}: there is no {file}; nothing was measured or imported there"
             )
-        for name, value in QUIET_CLIENT.items():
-            os.environ.setdefault(name, value)
-        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # not even where somebody wants more of them
-        import logging
-
-        try:
-            from mlflow.tracking import MlflowClient
-        except ImportError as error:
-            raise TrackingDown(f"mlflow cannot be imported: {error}") from error
-
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        for name in ("mlflow.store.db.utils", "urllib3.connectionpool"):  # what fails is raised, and told once
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        if not config.uri.startswith(SERVERS):
-            import mlflow.store.db.utils as databases
-
-            databases.MAX_RETRY_COUNT = 1  # its ten attempts take 101 s, and no setting says otherwise
-        self.uri = config.uri
-        with _alone(config.uri):
-            self._client = self._ask(MlflowClient, config.uri)
+        self._secrets = environment_secrets(os.environ)
+        self.keep_secret(known_secrets({"uri": config.uri}))
+        with opened(config.uri) as patient:
+            self._client, self._ask = patient.client, patient.ask
             found = self._ask(self._find_experiment, config, create=not reading)
         if found is None:
             known = [one.name for one in self._ask(self._client.search_experiments)]
@@ -141,16 +65,6 @@ class Tracker:
                 f"MLflow has no experiment called {config.experiment!r}: {nearest(config.experiment, known)}"
             )
         self._experiment: str = found
-
-    def _ask(self, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        """Call MLflow, again while what it raises may pass; in the end that becomes `TrackingDown`, in one line."""
-        start = time.monotonic()
-        try:
-            return persist(lambda: call(*arguments, **keywords), _may_pass, PATIENCE_S)
-        except TrackingDown:
-            raise
-        except Exception as error:
-            raise TrackingDown(_cause(error, self.uri, time.monotonic() - start)) from error
 
     def _find_experiment(self, config: TrackingConfig, create: bool) -> str | None:
         from mlflow.exceptions import MlflowException
@@ -170,13 +84,18 @@ class Tracker:
             folder = config.artifacts
             location = folder if "://" in folder else Path(folder).absolute().as_uri()
         try:
-            created = self._client.create_experiment(config.experiment, location, tags=_saved_view())
+            created = self._client.create_experiment(config.experiment, location, tags=saved_view())
         except MlflowException:  # another process was faster, or it is a real error that will come again
             found = self._client.get_experiment_by_name(config.experiment)
             if found is None:
                 raise
             created = found.experiment_id
         return str(created)
+
+    def keep_secret(self, known: set[str]) -> None:
+        """Hide these, too, in what is logged from now on."""
+        self._secrets |= known
+        self._hidden = Redactor(self._secrets)
 
     @property
     def page(self) -> str:
@@ -207,7 +126,9 @@ class Tracker:
             TrackingDown: See the class.
         """
         start = _milliseconds(started_at) if started_at else None
-        run_id = self._create_run(record_id, start_time=start, run_name=label[:NAME_LIMIT], tags=tags)
+        run_id = self._create_run(
+            record_id, start_time=start, run_name=self._hidden.text(label)[:NAME_LIMIT], tags=tags
+        )
         self.log_params(run_id, config)
         return run_id
 
@@ -219,7 +140,7 @@ class Tracker:
         remains is a server that makes the run after it was looked at.
         """
         attempts = itertools.count()
-        tags = {RECORD_TAG: record_id, PROCESS_TAG: this_process(), **tags}
+        tags = {RECORD_TAG: record_id, PROCESS_TAG: this_process(), **self._hidden.plain(tags)}
 
         def create() -> str:
             if next(attempts):
@@ -239,7 +160,7 @@ class Tracker:
         """
         from mlflow.entities import Param
 
-        leaves = dict(flatten(config))
+        leaves = dict(flatten(self._hidden.plain(config)))
         params = [
             Param(key, value[:PARAM_LIMIT])
             for key, value in leaves.items()
@@ -284,7 +205,7 @@ class Tracker:
             TrackingDown: See the class.
         """
         if verdicts:
-            self._ask(self._client.set_tag, run_id, "verdict", "\n".join(verdicts)[:TAG_LIMIT])
+            self._ask(self._client.set_tag, run_id, "verdict", self._hidden.text("\n".join(verdicts))[:TAG_LIMIT])
         for file in files:
             self._ask(self._log_artifact, run_id, file.name, file, place)
 
@@ -326,6 +247,7 @@ class Tracker:
         """
         from mlflow.entities import Metric, RunTag
 
+        record = Record(**self._hidden.plain(vars(record)))
         end = _milliseconds(record.started_at) + round(record.wall_s * 1000)
         metrics = [Metric(name, float(value), end, 0) for name, value in record.metrics.items()]
         for name, times in (("step_time_ms", record.step_times_ms), ("call_time_us", record.call_times_us)):
@@ -343,12 +265,18 @@ class Tracker:
         status = STATUS.get(record.outcome, "FAILED")
         self._ask(self._client.set_terminated, run_id, status=status, end_time=end)
 
-    def _log_artifact(self, run_id: str, name: str, file: Path, place: str = "") -> None:
-        """Log a file under another name, byte by byte and however large."""
-        with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
-            link = Path(folder, name)
-            link.symlink_to(file.absolute())
-            self._client.log_artifact(run_id, str(link), place or None)
+    def _log_artifact(self, run_id: str, name: str, file: Path, folder: str = "") -> None:
+        """Log a file under another name, byte by byte and however large, but for secrets that others left in it."""
+        with tempfile.TemporaryDirectory(prefix="rfloor-") as temporary:
+            place = Path(temporary, name)
+            content = records.read_json(file) if file.suffix == ".json" else None
+            if file.suffix == ".log":
+                logs.clean(file, place, self._hidden)
+            elif (kept := self._hidden.plain(content)) != content:
+                records.write_json(place, kept)
+            else:
+                place.symlink_to(file.absolute())
+            self._client.log_artifact(run_id, str(place), folder or None)
 
     def close_left(self) -> int:
         """End the runs that killed processes left running, as KILLED, and return how many there were.
@@ -446,120 +374,6 @@ class Tracker:
                 return
 
 
-def tags(record: Record) -> dict[str, str]:
-    """A run's tags: outcome, identity, device, commit, versions."""
-    environment = record.environment
-    device, git = environment.get("device", {}), environment.get("git", {})
-    found = {
-        "outcome": record.outcome.value,
-        "reason": record.reason,
-        "remedy": record.remedy,
-        "warnings": "; ".join(record.warnings),
-        "mlflow.note.content": _description(record),
-        "cell_id": record.cell_id,
-        "sweep_id": record.sweep_id,
-        "experiment": record.experiment,
-        "session": record.session or ("0" if record.experiment else ""),
-        HASH_TAG: record.registration,
-        "gpu_name": device.get("name", ""),
-        "driver": device.get("driver", ""),
-        "git_commit": git.get("commit", ""),
-        "git_dirty": git.get("dirty", ""),
-        "kernels": ", ".join(f"{name} x{n}" for name, n in short(record.measured.get("kernels", {})).items()),
-        **environment.get("tags", {}),
-        **{f"version.{name}": version for name, version in environment.get("versions", {}).items()},
-    }
-    return {key: str(value)[:TAG_LIMIT] for key, value in found.items() if value}
-
-
-def _description(record: Record) -> str:
-    """What the UI shows as a run's description: why it was not measured, or what weakens it."""
-    why = [f"**{record.outcome.value}**: {Refusal(record.outcome, record.reason, record.remedy)}"]
-    return "\n".join([*(why if record.reason else []), *(f"- {warning}" for warning in record.warnings)])
-
-
-def _saved_view() -> dict[str, str]:
-    """The tag that MLflow's UI would write if somebody chose the columns and saved them as a view."""
-    widths = {f"{column.replace('.', '.`', 1)}`": width for column, width in VIEW_COLUMNS.items()}
-    state = {
-        "selectedColumns": [*widths],
-        "columnOrder": ["attributes.`Run Name`", "runDateAndNestInfo", *widths],
-        "columnWidths": widths,
-    }
-    view = {"name": VIEW, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)}
-    return {f"mlflow.sharedViewState.{VIEW}": json.dumps(view)}
-
-
-def _milliseconds(moment: str) -> int:
-    return round(datetime.fromisoformat(moment).timestamp() * 1000)
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of a nested configuration as dotted names and text; empty ones are left out."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        elif value is not None and value != []:
-            yield prefix + key, str(value)
-
-
-def artifacts(file: Path) -> dict[str, Path]:
-    """What a run keeps beside its figures, given where its record lies."""
-    return {RECORD: file, "worker.log": file.with_suffix(".log"), "trace.json.gz": records.trace_path(file)}
-
-
-def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], list[str]]:
-    """Log every record under `folder` that MLflow does not have yet; complete the runs that were cut off.
-
-    Two that import the same files at once share the work: a record is held while it is logged (how far that reaches
-    says `registry.locks.held`), and whoever holds it looks for its run first. Two that import copies of it in
-    the same moment, from two folders or two machines, may both make a run.
-
-    Args:
-        folder: Searched with its subfolders.
-        config: Where MLflow is.
-
-    Returns:
-        How many records were `imported`, `completed` and `present` already, and a line for each file that is
-        no record.
-
-    Raises:
-        TrackingDown: MLflow cannot be reached.
-    """
-    tracker = Tracker(config)
-    everything, problems = everything_in(folder)
-    known = tracker.known()
-    counts: Counter[str] = Counter()
-    for file, found in everything:
-        own = known.get(found.record_id, ("", False))
-        if own[1] and not isinstance(found, Registration):
-            counts["present"] += 1
-            continue
-        with locked(file):
-            run_id, complete = tracker.known(found.record_id).get(found.record_id, ("", False))
-            if run_id and isinstance(found, Registration):
-                complete = not tracker.complete_experiment(run_id, file)
-            counts["present" if complete else "completed" if run_id else "imported"] += 1
-            if not complete:
-                run_id = _import(tracker, found, run_id, file)
-        known[found.record_id] = (run_id, True)
-    return counts, problems
-
-
-def _import(tracker: Tracker, found: Record | Registration, run_id: str, file: Path) -> str:
-    """Log what MLflow lacks of a record or a registration; its run's id."""
-    if isinstance(found, Registration):
-        run_id = run_id or tracker.open_experiment(found)
-        tracker.complete_experiment(run_id, file)
-        return run_id
-    if run_id:
-        tracker.log_params(run_id, found.config)
-    else:
-        run_id = tracker.open(found.record_id, found.label, found.config, tags(found), found.started_at)
-    tracker.close(run_id, found, artifacts(file))
-    return run_id
-
-
 def _missing_database(uri: str) -> Path | None:
     """The SQLite file of a tracking URI that is not there, which MLflow would make."""
     file = sqlite_file(uri)
@@ -571,45 +385,5 @@ def _of(record_id: str) -> str:
     return f"tags.`{RECORD_TAG}` = '{record_id}'" if re.fullmatch(r"[\w.-]+", record_id) else ""
 
 
-@contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Open an SQLite database while no other rfloor of this machine does.
-
-    MLflow makes its tables without asking whether somebody is at it, and what two make at once may stay broken. The
-    folder is held and not the file, whose locks are SQLite's own business. A server of MLflow's that makes the same
-    tables at that moment is not kept out.
-
-    Raises:
-        TrackingDown: Others are at it all the time.
-    """
-    file = sqlite_file(uri)
-    if file is None:
-        yield
-        return
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(file.resolve().parent, OPENING_S))
-        except TimeoutError as error:
-            raise TrackingDown(f"others have been opening {file} for {OPENING_S:.0f} s") from error
-        yield
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether MLflow may be only busy, locked or starting.
-
-    What a database raises reaches us unwrapped while it is opened: it is down, or another process makes its tables.
-    """
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import DBAPIError
-
-    if isinstance(error, MlflowException):
-        return error.error_code in PASSING
-    return isinstance(error, DBAPIError)
-
-
-def _cause(error: Exception, uri: str, seconds: float) -> str:
-    """Why MLflow failed, in one line without secrets."""
-    file = sqlite_file(uri)
-    if file and "database is locked" in str(error):
-        return f"another process has kept {file} locked for {seconds:.0f} s"
-    return redact(str(error).splitlines()[0]) if str(error) else type(error).__name__
+def _milliseconds(moment: str) -> int:
+    return round(datetime.fromisoformat(moment).timestamp() * 1000)

@@ -1,10 +1,10 @@
 """The child process of one cell: load, check, measure, answer with one JSON file.
 
-    python -m registry.worker REQUEST ANSWER
+    python -m registry.worker ANSWER < REQUEST
 
-REQUEST is the JSON of a `Request`; what begins is told, a line each, on the file descriptor that the
-environment names in RFLOOR_STAGES. Everything printed goes to the cell's log. The process never unpickles
-anything and ends with 0 whenever it wrote an answer.
+REQUEST is the JSON of a `Request`, which may hold secrets; the answer holds none. What begins is told, a line each,
+on the file descriptor that the environment names in RFLOOR_STAGES. Everything printed goes to the cell's log. The
+process never unpickles anything and ends with 0 whenever it wrote an answer.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from registry.failures import out_of_memory, telling_line
 from registry.hardware import physical_cores
 from registry.outcome import BadInput, Outcome, Refused
 from registry.record import write_json
+from registry.redact import Redactor, environment_secrets, known_secrets
 from registry.schema import Config, from_plain
 
 if TYPE_CHECKING:
@@ -276,13 +277,16 @@ def die_with_parent() -> None:
 def main(arguments: list[str]) -> int:
     """Answer one request."""
     die_with_parent()
-    request_file, answer_file = map(Path, arguments)
+    [answer_file] = map(Path, arguments)
+    known = environment_secrets(os.environ)
     try:
-        request = from_plain(Request, json.loads(request_file.read_text(encoding="utf-8")))
+        asked = json.loads(sys.stdin.buffer.read())
+        known |= known_secrets(asked)
+        request = from_plain(Request, asked)
         content = {"outcome": Outcome.OK, **answer(request)}
     except BaseException as error:  # whatever it is, the parent gets an answer with its name
         content = failure(error)
-    write_json(answer_file, content)
+    write_json(answer_file, Redactor(known).plain(content))
     return 0
 
 

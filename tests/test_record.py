@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry import metrics, tracking
+from registry import metrics, shown
 from registry import record as records
 from registry.compose import Composer
 from registry.hardware import Device
@@ -284,8 +284,8 @@ def take(file: Path, content: bytes) -> None:
         assert told.startswith(f"{file}: ")
         return
     assert records.from_plain(json.loads(json.dumps(record.plain()))) == record
-    assert all(isinstance(value, str) for value in tracking.tags(record).values())
-    assert all(isinstance(value, str) for _, value in tracking.flatten(record.config))
+    assert all(isinstance(value, str) for value in shown.tags(record).values())
+    assert all(isinstance(value, str) for _, value in shown.flatten(record.config))
 
 
 @pytest.fixture(scope="module")

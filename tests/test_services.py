@@ -24,14 +24,15 @@ from services import Cluster, Server, binaries, cluster, server
 from sweeps import ROOT, Sweep, database, launch, wait_for
 from test_record import made_up_cell, made_up_record
 
+from registry import mlflow_client, shown, tracking
 from registry import record as records
-from registry import tracking
 from registry.archive import everything_in
 from registry.compose import Composer
+from registry.mlflow_client import TrackingDown
 from registry.record import Record
 from registry.registration import Registration
 from registry.schema import TrackingConfig
-from registry.tracking import Tracker, TrackingDown
+from registry.tracking import Tracker
 
 POSTGRESQL = binaries() if importlib.util.find_spec("psycopg2") else None
 PATIENCE_S = 600  # for 16 processes that share two cores
@@ -53,7 +54,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def client_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings that a tracker makes in the environment do not outlive the test."""
-    for name, value in tracking.QUIET_CLIENT.items():
+    for name, value in mlflow_client.QUIET_CLIENT.items():
         monkeypatch.setenv(name, value)
 
 
@@ -183,7 +184,7 @@ def assert_complete(client: MlflowClient, run: Run, one: Record | Registration) 
         assert run.info.status == "FINISHED"
         assert "registration.json" in files
         return
-    assert run.info.status == tracking.STATUS.get(one.outcome, "FAILED")
+    assert run.info.status == shown.STATUS.get(one.outcome, "FAILED")
     assert run.data.tags["outcome"] == one.outcome
     assert run.data.params["protocol.context"] == str(one.config["protocol"]["context"])
     assert set(one.metrics) <= set(run.data.metrics)

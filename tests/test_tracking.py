@@ -32,14 +32,16 @@ from planning import Plan
 from sqlalchemy.exc import IntegrityError, OperationalError
 from test_record import made_up_cell, made_up_record
 
-from registry import cli, patience, tracking
+from registry import cli, importing, mlflow_client, patience, shown
 from registry import record as records
 from registry import registration as registrations
 from registry.archive import everything_in
 from registry.call import Call
 from registry.compose import Composer
 from registry.experiment_runs import open_runs
+from registry.importing import import_records
 from registry.locks import locked
+from registry.mlflow_client import TrackingDown
 from registry.outcome import Outcome, Refusal
 from registry.plan import Cell
 from registry.process import has_ended
@@ -47,7 +49,8 @@ from registry.record import Record
 from registry.registration import Registration, register
 from registry.run import run_cell
 from registry.schema import TrackingConfig, what_is_measured
-from registry.tracking import Tracker, TrackingDown, artifacts, import_records
+from registry.shown import artifacts
+from registry.tracking import Tracker
 
 # sqlalchemy about what MLflow does
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
@@ -136,7 +139,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def client_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings that a tracker makes in the environment do not outlive the test."""
-    for name, value in tracking.QUIET_CLIENT.items():
+    for name, value in mlflow_client.QUIET_CLIENT.items():
         monkeypatch.setenv(name, value)
 
 
@@ -201,7 +204,7 @@ def test_a_run_holds_all_of_a_measured_cell(store: Store, folder: Path, cell: Ce
     assert store.series(run, "step_time_ms") == [(0, 1.9), (1, 2.0), (2, 2.1)]
     assert store.series(run, "r_floor") == [(0, pytest.approx(0.672576))]
 
-    leaves = dict(tracking.flatten(record.config))
+    leaves = dict(shown.flatten(record.config))
     assert leaves["protocol.context"] == "100"
     left_out = {"backend.plugin", "quant.plugin", "attention.plugin"}  # each is called what its option is called
     assert run.data.params == {key: value for key, value in leaves.items() if key not in left_out}
@@ -304,7 +307,7 @@ def test_what_is_longer_than_mlflow_takes_is_cut(shared: Store, cell: Cell, capl
     ],
 )
 def test_flatten(config: dict[str, Any], leaves: dict[str, str]) -> None:
-    assert dict(tracking.flatten(config)) == leaves
+    assert dict(shown.flatten(config)) == leaves
 
 
 def test_no_secret_of_the_configuration_is_a_parameter(composer: Composer) -> None:
@@ -335,7 +338,7 @@ def test_every_column_of_the_view_is_something_that_is_logged(store: Store, cell
     assert run.data.tags["kernels"] == "marlin::Marlin x196"
     kinds = {"params": run.data.params, "metrics": run.data.metrics, "tags": run.data.tags}
     logged = {f"{kind}.{name}" for kind, names in kinds.items() for name in names}
-    assert set(tracking.VIEW_COLUMNS) <= logged
+    assert set(shown.VIEW_COLUMNS) <= logged
 
 
 @pytest.mark.parametrize(
@@ -488,7 +491,7 @@ def test_what_a_sweep_records_while_an_import_begins_gets_no_second_run(
         sweep_logs(store, folder, made_up_record(cell))
         return everything_in(folder)
 
-    monkeypatch.setattr(tracking, "everything_in", at_the_worst_moment)
+    monkeypatch.setattr(importing, "everything_in", at_the_worst_moment)
     assert import_records(folder, store.config) == (Counter(completed=1), [])
     [run] = store.runs()
     assert run.info.status == "FINISHED"
@@ -513,7 +516,7 @@ def test_what_another_import_logs_meanwhile_gets_no_second_run(
                     Tracker(store.config).close(run_id, record, artifacts(file))
             yield
 
-    monkeypatch.setattr(tracking, "locked", late)
+    monkeypatch.setattr(importing, "locked", late)
     counts, _ = import_records(folder, store.config)
     assert counts == (Counter(present=1) if reached == "complete" else Counter(completed=1))
     assert held == [file]
@@ -580,7 +583,7 @@ def test_of_two_runs_of_a_record_the_complete_one_counts(store: Store, folder: P
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asks again without a pause, a few times."""
     monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(tracking, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(mlflow_client, "PATIENCE_S", 1.0)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -670,7 +673,7 @@ def test_a_server_is_asked_for_a_run_once_whatever_the_user_s_settings(
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", wanted)
     else:
         monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
-    monkeypatch.setattr(tracking, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(mlflow_client, "PATIENCE_S", 0.0)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Deaf) as deaf:
         deaf.asked = []  # type: ignore[attr-defined]
         threading.Thread(target=deaf.serve_forever).start()
@@ -684,7 +687,7 @@ def test_a_server_is_asked_for_a_run_once_whatever_the_user_s_settings(
 
 
 def test_a_database_that_others_open_all_the_time_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "OPENING_S", 0.0)
+    monkeypatch.setattr(mlflow_client, "OPENING_S", 0.0)
     with locked(store.folder), pytest.raises(TrackingDown, match=r"others have been opening .*/mlflow\.db for 0 s"):
         Tracker(store.config)
     Tracker(store.config)
@@ -772,7 +775,7 @@ def test_a_server_that_is_down_is_told_within_seconds_and_once(
 def test_rfloor_import_exits_with_1_when_the_server_is_down(
     dead_server: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(mlflow_client, "PATIENCE_S", 0.0)
     keep(folder, made_up_record())
     assert cli.main(["import", str(folder), "tracking=server", f"tracking.uri={dead_server}"]) == 1
     out, err = capsys.readouterr()
@@ -788,7 +791,7 @@ def test_rfloor_import_exits_with_1_when_the_server_is_down(
 def test_no_password_is_in_the_message(
     dead_server: str, monkeypatch: pytest.MonkeyPatch, credentials: str, scheme: str
 ) -> None:
-    monkeypatch.setattr(tracking, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(mlflow_client, "PATIENCE_S", 0.0)
     uri = f"{scheme}://{credentials}@{dead_server.removeprefix('http://')}"
     with pytest.raises(TrackingDown) as caught:
         Tracker(TrackingConfig("server", uri, "rfloor"))
@@ -869,7 +872,9 @@ import sys
 from pathlib import Path
 from registry import record as records
 from registry.schema import TrackingConfig, what_is_measured
-from registry.tracking import Tracker, artifacts, import_records
+from registry.importing import import_records
+from registry.shown import artifacts
+from registry.tracking import Tracker
 assert "mlflow" not in sys.modules, "MLflow takes seconds to import"
 uri, folder = sys.argv[1:]
 print(import_records(Path(folder), TrackingConfig("local", uri, "rfloor", folder)))

@@ -11,8 +11,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,73 @@ class Miscounts(HfBackend):
 
     def bytes_per_step(self, context: float) -> StepBytes:
         return StepBytes(None, 0)  # type: ignore[arg-type]
+
+
+def tell_everything(options: Any) -> str:
+    """Print all that this process knows, in the ways in which programs print it; some of it, for an exception."""
+    print(os.environ)
+    print(json.dumps(dict(os.environ), indent=1))
+    print("\n".join(f"{name}={value}" for name, value in os.environ.items()))
+    print(options, [*os.environ.values()], file=sys.stderr, flush=True)
+    subprocess.run(["env"], check=True)  # past Python's own streams
+    return f"cannot use {options} with {os.environ.get('AWS_SECRET_ACCESS_KEY')} of {dict(os.environ)}"
+
+
+@dataclass(frozen=True)
+class TalkativeOptions:
+    api_key: str = ""
+    password: str = ""
+    token: str = ""
+    note: str = ""
+    hangs: bool = False
+
+
+class Talks(InLoad):
+    """Raises an exception that tells its secrets."""
+
+    Options = TalkativeOptions
+
+    @classmethod
+    def builds(cls, options: Any, device: str) -> str:
+        return f"a thing with {options.api_key}"
+
+    def load(self, capacity: int) -> None:
+        told = tell_everything(self.setup.options)
+        if self.setup.options.hangs:
+            hang()
+        raise ValueError(told)
+
+
+class TalksAndDies(Talks):
+    """Its last words are the answer's reason."""
+
+    def load(self, capacity: int) -> None:
+        print(tell_everything(self.setup.options)[:250], flush=True)
+        os._exit(3)
+
+
+class TalksInRefusal(Talks):
+    def load(self, capacity: int) -> None:
+        raise unsupported(tell_everything(self.setup.options)[:900], f"Use {self.setup.options.api_key}")
+
+
+class TalksBeforehand(Talks):
+    """Asked by the parent, before anything starts."""
+
+    @classmethod
+    def check(cls, request: Any) -> None:
+        raise ValueError(f"no {request.options} for {os.environ.get('AWS_SECRET_ACCESS_KEY')}")
+
+
+class TalksAndDecodes(HfBackend):
+    """Is right nevertheless."""
+
+    Options = TalkativeOptions
+    tags = {"told": os.environ.get("AWS_SECRET_ACCESS_KEY", "")}  # noqa: RUF012 - a class variable of the base
+
+    def load(self, capacity: int) -> None:
+        tell_everything(self.setup.options)
+        super().load(capacity)
 
 
 class Noisy(HfBackend):
