@@ -209,9 +209,9 @@ def test_a_run_holds_all_of_a_measured_cell(store: Store, folder: Path, cell: Ce
     left_out = {"backend.plugin", "quant.plugin", "attention.plugin"}  # each is called what its option is called
     assert run.data.params == {key: value for key, value in leaves.items() if key not in left_out}
 
-    shown = {key: value for key, value in run.data.tags.items() if key != "mlflow.runName"}
-    assert not has_ended(shown.pop("rfloor.process"))
-    assert shown == {
+    told = {key: value for key, value in run.data.tags.items() if key != "mlflow.runName"}
+    assert not has_ended(told.pop("rfloor.process"))
+    assert told == {
         "rfloor.record_id": "00c0ffee",
         "outcome": "ok",
         "warnings": "unsteady: a; throttled: b",
