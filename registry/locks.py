@@ -30,22 +30,26 @@ def held(place: Path, patience_s: float = 0.0) -> ExitStack | None:
     Raises:
         OSError: It cannot be opened.
     """
-    stack = ExitStack()
-    descriptor = _opened(place)
-    stack.callback(os.close, descriptor)
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with ExitStack() as stack:
+        descriptor = _opened(place)
+        stack.callback(os.close, descriptor)
+        end = time.monotonic() + patience_s
+        while not taken(descriptor):
             if time.monotonic() >= end:
-                stack.close()
                 return None
-        except OSError:
-            return stack
-        else:
-            return stack
-        time.sleep(LOOK_S)
+            time.sleep(LOOK_S)
+        return stack.pop_all()
+
+
+def taken(descriptor: int) -> bool:
+    """Whether an open file is held now, by this process and whoever inherits the descriptor; it does not wait."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that has no such locks
+        return True
+    return True
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from registry import faults
 from registry.locks import held
 from registry.record import BadRecord, read_json, write_json
 from registry.schema import from_plain
@@ -100,7 +100,7 @@ def manifests(folder: Path) -> list[Manifest]:
 
 def extended(folder: Path, sweep_id: str, jobs: list[Planned]) -> Manifest:
     """The manifest of a sweep that now has these jobs too; a new one if it has none that can be read."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    now = faults.now().isoformat(timespec="milliseconds")
     begun = Manifest(sweep_id, now, [])
     with suppress(BadRecord):
         begun = read(path(folder, sweep_id))

@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from registry import faults
 from registry.locks import locked
 from registry.patience import persist
 from registry.redact import redact
@@ -68,6 +69,7 @@ class PatientClient:
         """Call MLflow, again while what it raises may pass; in the end that becomes `TrackingDown`, in one line."""
         start = time.monotonic()
         try:
+            faults.disk(faults.MLFLOW_FULL)
             return persist(lambda: call(*arguments, **keywords), _may_pass, PATIENCE_S)
         except TrackingDown:
             raise

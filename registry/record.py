@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from registry import files
+from registry import faults, files
 from registry.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -284,6 +284,7 @@ def _is_time(text: str) -> bool:
 def write(record: Record, folder: Path) -> Path:
     """Write a record under `folder` and return its file; a reader never sees half of it."""
     file = path(folder, record.cell_id, record.sweep_id, record.index, record.attempt)
+    faults.disk(faults.RECORD_FULL)
     write_json(file, record.plain())
     return file
 

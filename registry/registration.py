@@ -12,9 +12,9 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from registry import faults
 from registry.experiments import applies
 from registry.outcome import BadInput
 from registry.record import BadRecord, read_json, write_json
@@ -101,7 +101,7 @@ def register(sweep_id: str, ordered: Sequence[tuple[int, Cell]], seed: int) -> l
         ordered: Session and cell, in the order in which they are to run.
         seed: Of that order.
     """
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    now = faults.now().isoformat(timespec="milliseconds")
     names = dict.fromkeys(cell.config.experiment.name for _, cell in ordered if cell.config.experiment.cells)
     found = []
     for name in names:

@@ -215,6 +215,7 @@ class Config:
     records: str = "records"
     dry_run: bool = False
     resume: bool = False
+    on_busy: str = "wait"
     sweep_id: str | None = None
     session: int = 0
     place: int = 0
@@ -231,6 +232,7 @@ WHERE_TO = (
     "records",
     "dry_run",
     "resume",
+    "on_busy",
     "sweep_id",
     "session",
     "place",

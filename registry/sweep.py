@@ -16,7 +16,6 @@ import sys
 import traceback
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.experimental.callback import Callback
 
+from registry import faults
 from registry import manifest as manifests
 from registry import registration as registrations
 from registry.axes import check_count
@@ -277,7 +277,7 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
     check_count(len(cells) * cells[0].config.protocol.sessions, "this sweep")
     ordered = order(blocks(jobs, cells), cells[0].config.protocol.sessions, seed)
     found = [Job(jobs[cell], cells[cell], session, place) for place, (session, cell) in enumerate(ordered)]
-    sweep = Sweep(cells, found, f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", seed)
+    sweep = Sweep(cells, found, f"{faults.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", seed)
     return _taken_up(sweep) if cells[0].config.resume else sweep
 
 
@@ -328,6 +328,9 @@ class SweepCallback(Callback):
         assert _sweep is not None, "runner.py calls prepare() before Hydra's main"
         try:
             code = run(_sweep, config)
+        except OSError as error:
+            print(f"rfloor: {error}; the same call with resume=true goes on", file=sys.stderr)
+            code = 1
         except Exception:
             traceback.print_exc()
             code = 1
@@ -375,8 +378,9 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         console().print(sweep.resumed, highlight=False, markup=False)
     with Reporter(len(jobs)) as reporter:
         call = Call(sweep.sweep_id, None, reporter.stage, hashes)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, call.interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, call.interrupt)
         reporter.stage(f"opening {config.tracking.uri.partition('://')[0]} tracking")
         _track(call, config.tracking)
         call.tracked(lambda mlflow: mlflow.close_left())

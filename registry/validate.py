@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from registry.device_lock import ON_BUSY
 from registry.outcome import BadInput, nearest
 from registry.redact import redact
 from registry.schema import COMPILE_MODES, GROUPS
@@ -201,6 +202,7 @@ def _choices(config: Config) -> Iterator[str]:
     for key, value, known in (
         ("execution.launch", config.execution.launch, EXECUTIONS),
         ("execution.cache", config.execution.cache, CACHES),
+        ("on_busy", config.on_busy, ON_BUSY),
     ):
         if value not in known:
             yield f"{key}={value}: {nearest(value, known)}"

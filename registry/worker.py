@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.failures import out_of_memory, telling_line
-from registry.hardware import physical_cores
+from registry.hardware import contexts, load, physical_cores
 from registry.outcome import BadInput, Outcome, Refused
 from registry.record import write_json
 from registry.redact import Redactor, environment_secrets, known_secrets
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 STAGES_FD = "RFLOOR_STAGES"
+PARENT = "RFLOOR_PARENT"
+"""Environment variable: the PID of the process that waits for this one."""
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -97,6 +99,7 @@ def answer(request: Request) -> dict[str, Any]:
     from registry.kernels import require
     from registry.measure import read_bandwidth
 
+    found = load() if request.device == "cuda" else {}  # before this process touches the device
     config, protocol = request.config, request.config.protocol
     if request.device == "cuda" and not torch.cuda.is_available():
         raise Refused(
@@ -115,7 +118,8 @@ def answer(request: Request) -> dict[str, Any]:
         if request.device == "cuda":
             torch.cuda.empty_cache()
         measured["read_bandwidth_gbs"] = read_bandwidth(request.device)
-    return measured | {"threads": threads, "torch": _describe_torch(), "stages_s": _durations()}
+    others = {"load_before": found, "contexts_after": contexts() if found else None}
+    return measured | others | {"threads": threads, "torch": _describe_torch(), "stages_s": _durations()}
 
 
 def _step(request: Request) -> dict[str, Any]:
@@ -272,6 +276,8 @@ def failure(error: BaseException) -> dict[str, Any]:
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent dies, so that no orphan holds the GPU."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if str(os.getppid()) != os.environ.get(PARENT, str(os.getppid())):  # it died before
+        os._exit(1)
 
 
 def main(arguments: list[str]) -> int:

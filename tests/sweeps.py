@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 FAULTS = ROOT / "tests" / "faults"
 BENIGN = ("ok", "oom", "unsupported")
-PATIENCE_S = 120  # for what takes seconds on an idle machine
+PATIENCE_S = 240
 
 
 @dataclass

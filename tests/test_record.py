@@ -469,6 +469,37 @@ def test_throttling_is_told_with_its_clocks_once_it_costs_two_percent(
     assert warnings(cell, **{f"device_{moment}": state}) == expected
 
 
+ONE = {"pid": 7, "memory_bytes": 3_000_000_000}
+SHARED = [
+    ({}, None, []),
+    ({"processes": [], "memory_used_bytes": 700_000_000, "utilisation_percent": 2}, 1, []),
+    (
+        {
+            "processes": [ONE, {"pid": 8, "memory_bytes": None}],
+            "memory_used_bytes": 4 << 30,
+            "utilisation_percent": 0,
+        },
+        3,
+        ["shared: 2 other processes held 3.0 GB of the device before the worker came"],
+    ),
+    (
+        {"memory_used_bytes": 2_500_000_000},
+        None,
+        ["shared: 2.5 GB of the device were in use before the worker came, by whom it does not tell"],
+    ),
+    ({"processes": [], "utilisation_percent": 93}, 1, ["shared: the device was busy 93 % of the time before"]),
+    ({"processes": []}, 3, ["shared: 2 other processes came to the device while the worker was there"]),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "told"), SHARED)
+def test_a_run_beside_others_carries_a_warning(
+    cell: Cell, before: dict[str, Any], after: int | None, told: list[str]
+) -> None:
+    found = warnings(cell, load_before=before, contexts_after=after)
+    assert [warning[: len(words)] for warning, words in zip(found, told, strict=True)] == told
+
+
 @pytest.mark.parametrize(
     ("changes", "name", "value"),
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -88,6 +89,46 @@ class Hangs(InLoad):
             signal.signal(number, signal.SIG_IGN)
         subprocess.Popen(["sleep", "600"])
         hang()
+
+
+class HangsInBuild(HfBackend):
+    @classmethod
+    def builds(cls, options: Any, device: str) -> str:
+        return "a slow extension"
+
+    @classmethod
+    def build(cls, options: Any, device: str) -> None:
+        subprocess.Popen(["sleep", "600"])
+        hang()
+
+
+class Limited(InLoad):
+    """As `ulimit -v` does it."""
+
+    def load(self, capacity: int) -> None:
+        import torch
+
+        here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (here + (64 << 20), here + (64 << 20)))
+        torch.ones(1 << 30, dtype=torch.uint8)
+
+
+class OutOfMemory(InLoad):
+    """Killed by the kernel in a control group that the test made, whose memory is soon used up."""
+
+    def load(self, capacity: int) -> None:
+        Path(os.environ["RFLOOR_TEST_CGROUP"], "cgroup.procs").write_text(str(os.getpid()))
+        kept = [b"x" * (1 << 20) for _ in range(1 << 10)]
+        raise AssertionError(f"{len(kept)} MiB and still alive")
+
+
+class Forks(HfBackend):
+    """Leaves processes behind that have sessions of their own, one of them an orphan, and is right nevertheless."""
+
+    def load(self, capacity: int) -> None:
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+        subprocess.run(["sh", "-c", "setsid sleep 600 >/dev/null 2>&1 &"], check=True)
+        super().load(capacity)
 
 
 class HangsInStep(HfBackend):
