@@ -47,7 +47,7 @@ class FakeNvml(ModuleType):
             return self._fail
         return super().__getattribute__(name)
 
-    def _fail(self, *_: object) -> None:
+    def _fail(self, *_: object, **__: object) -> None:
         raise self.NVMLError("Not Supported")
 
     def nvmlInit(self) -> None:  # noqa: N802

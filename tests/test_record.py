@@ -485,7 +485,7 @@ SHARED = [
     (
         {"memory_used_bytes": 2_500_000_000},
         None,
-        ["shared: 2.5 GB of the device were in use before the worker came, by whom it does not tell"],
+        ["shared: 2.5 GB of the device were in use before the worker came"],
     ),
     ({"processes": [], "utilisation_percent": 93}, 1, ["shared: the device was busy 93 % of the time before"]),
     ({"processes": []}, 3, ["shared: 2 other processes came to the device while the worker was there"]),
