@@ -27,6 +27,6 @@ def main(config: DictConfig) -> Any:
 if __name__ == "__main__":
     try:
         sys.argv[1:] = prepare(sys.argv[1:])
-    except KeyboardInterrupt:
+        main()
+    except KeyboardInterrupt:  # later the sweep itself is told
         sys.exit("rfloor: interrupted before anything was measured")
-    main()

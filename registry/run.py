@@ -64,7 +64,9 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
     )
     file = records.path(folder, cell.cell_id, call.sweep_id, index, record.attempt)
     known = {"cell_id": cell.cell_id, "sweep_id": call.sweep_id, "gpu_name": cell.device.name}
-    run_id = call.tracked(lambda mlflow: mlflow.open(record.record_id, cell.label, record.config, known))
+    run_id = call.tracked(
+        lambda mlflow: mlflow.open(record.record_id, cell.label, record.config, known, record.started_at)
+    )
     if call.interrupted:
         answer = {"outcome": Outcome.INTERRUPTED, "reason": "the sweep was interrupted before this cell"}
     elif cell.refusal:

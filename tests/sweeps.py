@@ -55,10 +55,13 @@ class Sweep:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
+    def written(self) -> list[Path]:
+        """The files of its records so far."""
+        return [*self.folder.glob(f"records/{'[0-9a-f]' * 16}/*.json")]
+
     def records(self) -> list[dict[str, Any]]:
         """Every record, in the order of the cells."""
-        files = self.folder.glob("records/*/*.json")
-        found = [json.loads(file.read_text()) for file in files if file.parent.name not in ("experiments", "sweeps")]
+        found = [json.loads(file.read_text()) for file in self.written()]
         return sorted(found, key=lambda record: record["index"])
 
     def record(self, backend: str, execution: str = "eager") -> dict[str, Any]:

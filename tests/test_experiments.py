@@ -216,7 +216,10 @@ def test_no_cell_is_told_to_leave_out_an_arm_that_its_experiment_compares(
         ("name: mine\nqestion: x\ncells: [{model: tiny}]", "Key 'qestion' not in 'ExperimentConfig'"),
         ("name: mine\ncells: {model: tiny}", "Cannot merge DictConfig with ListConfig"),
         ("name: mine\ncells: [", "found '<stream end>' in .*mine.yaml"),
-        ('name: mine\ncells: [{model.weights: "a,b=c d"}]', "cannot read the cells of experiment=mine: mismatched"),
+        (
+            'name: mine\ncells: [{model.weights: "a,b=c d"}]',
+            "the cells of experiment=mine: cannot read an override: mismatched",
+        ),
         ("name: other\ncells: [{model: tiny}]", "experiment=mine calls itself 'other'"),
     ],
 )

@@ -63,7 +63,7 @@ class Environment:
 
 def records(folder: Path) -> dict[str, dict]:
     """What `Environment.measure` recorded, by the name of the linear format."""
-    found = [json.loads(file.read_text()) for file in folder.glob("records/*/*.json")]
+    found = [json.loads(file.read_text()) for file in folder.glob(f"records/{'[0-9a-f]' * 16}/*.json")]
     return {record["config"]["quant"]["name"]: record for record in found}
 
 

@@ -234,7 +234,7 @@ def test_an_interrupted_sweep_loses_no_cell(start: Start) -> None:
 
 def test_an_interrupt_between_workers_waits_for_what_is_being_written(start: Start) -> None:
     sweep = start("backend=needs", "protocol.seed=range(0,12)")
-    wait_for(lambda: list(sweep.folder.glob("records/*/*.json")) or sweep.process.poll(), "no cell ends")
+    wait_for(lambda: sweep.written() or sweep.process.poll(), "no cell ends")
     for _ in range(3):  # as an impatient user does it
         sweep.process.send_signal(signal.SIGINT)
         time.sleep(0.02)
@@ -291,6 +291,20 @@ def test_a_worker_that_the_kernel_kills_for_memory_is_oom(
     assert_told(sweep, record, "oom", "^the kernel killed the worker for want of host memory$", "smaller model")
     assert sweep.code == 0
     assert_nothing_left(sweep)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.1, 0.4])
+def test_an_interrupt_before_the_first_cell_is_told_in_a_line(start: Start, after_s: float) -> None:
+    """The sweep is planned and has a name; nothing else has happened, or all of it is interrupted."""
+    sweep = start("backend=needs", "protocol.seed=range(0,12)")
+    wait_for(lambda: [*sweep.folder.glob("records/sweeps/*.json")], "no sweep")
+    time.sleep(after_s)
+    sweep.process.send_signal(signal.SIGINT)
+    sweep.end()
+    assert sweep.code == 1
+    assert "Traceback" not in sweep.stdout + sweep.stderr
+    if not sweep.records():
+        assert sweep.stderr.endswith("rfloor: interrupted before anything was measured\n")
 
 
 @pytest.fixture(scope="module")

@@ -265,7 +265,7 @@ def test_imports_while_a_sweep_goes_on_leave_it_its_runs(importer: Import, start
     """Whatever of the sweep an import comes upon, its run is there: it is completed, and no other is made."""
     # An experiment whose cells no CPU can run, so that they end as fast as MLflow takes them.
     sweep = start(database(tmp_path), "experiment=graphs_ab", "protocol.sessions=8", "quant=exl2", *SMALL)
-    wait_for(lambda: first_record(sweep), "no record")
+    wait_for(lambda: sweep.written(), "no record")
     importers = []
     for _ in range(4):
         importers.append(importer(database(tmp_path), sweep.folder / "records"))
@@ -296,10 +296,6 @@ def test_sixteen_writers_share_a_server(
 def measuring(sweep: Sweep, cells: int = 1) -> bool:
     """Whether its worker is at work on this cell, whose run is then open."""
     return len([*sweep.folder.glob("records/*/*.log")]) == cells
-
-
-def first_record(sweep: Sweep) -> list[Path]:
-    return [*sweep.folder.glob("records/*/*.json")]
 
 
 @contextlib.contextmanager
@@ -341,9 +337,9 @@ def test_a_sweep_waits_for_whoever_locks_the_store_for_seconds(start: Start, tmp
     sweep = start(database(tmp_path), *TWO_CELLS)
     wait_for(lambda: measuring(sweep), "no worker")
     with locked(tmp_path):
-        wait_for(lambda: first_record(sweep), "no record")
+        wait_for(lambda: sweep.written(), "no record")
         time.sleep(8)
-        assert len(first_record(sweep)) == 1, "it has not waited"
+        assert len(sweep.written()) == 1, "it has not waited"
     assert_quiet(sweep.end())
     assert_each_once(database(tmp_path), sweep.folder / "records")
 
@@ -352,7 +348,7 @@ def test_a_store_that_stays_locked_is_told_and_completed_later(start: Start, tmp
     sweep = start(database(tmp_path), *TWO_CELLS)
     wait_for(lambda: measuring(sweep), "no worker")
     with locked(tmp_path):
-        wait_for(lambda: first_record(sweep), "no record")
+        wait_for(lambda: sweep.written(), "no record")
         clock = time.monotonic()
         sweep.end()
         assert time.monotonic() - clock < HELD_UP_S
@@ -398,7 +394,7 @@ def test_a_server_that_goes_away_is_told_and_completed_later(
     wait_for(lambda: measuring(sweep), "no worker")
     go_away(served, postgresql)
     try:
-        wait_for(lambda: first_record(sweep), "no record")
+        wait_for(lambda: sweep.written(), "no record")
         clock = time.monotonic()
         sweep.end()
         held_up = time.monotonic() - clock
@@ -421,7 +417,7 @@ def test_a_sweep_sits_out_a_server_s_restart(served: Server, postgresql: Cluster
     sweep = start(served.url, *TWO_CELLS)
     wait_for(lambda: measuring(sweep), "no worker")
     postgresql.stop()
-    wait_for(lambda: first_record(sweep), "no record")
+    wait_for(lambda: sweep.written(), "no record")
     time.sleep(3)
     postgresql.start()
     assert_quiet(sweep.end())
