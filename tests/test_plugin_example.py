@@ -164,8 +164,7 @@ def test_both_plugins_make_a_cell(example: Environment, tmp_path: Path) -> None:
     [record] = records(tmp_path).values()
     assert record["outcome"] == "ok", record
     assert record["config"]["backend"]["plugin"] == "plain"
-    [folder] = (tmp_path / "records").iterdir()
-    assert folder.name == record["cell_id"]
+    assert {folder.name for folder in (tmp_path / "records").iterdir()} == {record["cell_id"], "sweeps"}
 
 
 def test_what_is_broken_is_refused_and_nothing_else(broken: Environment) -> None:
