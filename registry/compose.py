@@ -30,7 +30,7 @@ from registry.axes import TOLD, check_count, check_product, texts
 from registry.environments import ROOT
 from registry.outcome import BadInput, nearest
 from registry.plugins import KINDS, Catalog
-from registry.schema import GROUPS, Config
+from registry.schema import GROUPS, Config, from_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -278,7 +278,10 @@ def to_config(composed: DictConfig) -> Config:
         }
     except OmegaConfBaseException as error:
         raise BadInput(explain(error)) from error
-    config = Config(**values)
+    try:  # OmegaConf takes a list or a dictionary wherever a list of texts has one text
+        config = from_plain(Config, dataclasses.asdict(Config(**values)))
+    except TypeError as error:
+        raise BadInput(str(error)) from error
     if config.context is not None:
         config.protocol.context, config.context = config.context, None
     return config

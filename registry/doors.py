@@ -44,12 +44,14 @@ HYDRA_ALLOWED = (LAUNCHER, "hydra.launcher.*", "hydra.verbose")
 FOLLOWS = ("overrides", "runtime", "job.override_dirname")
 """Hydra's own keys that follow from what was chosen."""
 REFUSED_FLAGS = ("config_path", "config_name", "config_dir", "experimental_rerun")
+COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")
+"""Flags of which Hydra takes one."""
 SHOWING_FLAGS = ("package", "resolve")
 """Flags that say how `--cfg` shows what it shows."""
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that bring another configuration, whatever else the call asks for.
+    """Refuse flags that bring another configuration, or exclude each other, whatever else the call asks for.
 
     Raises:
         BadInput: There is one.
@@ -60,6 +62,9 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in SHOWING_FLAGS:
         if getattr(args, flag) and not args.cfg:
             raise BadInput(f"--{flag} goes with --cfg")
+    given = [f"--{flag.replace('_', '-')}" for flag in COMMANDS if getattr(args, flag)]
+    if len(given) > 1:
+        raise BadInput(f"{' and '.join(given)} exclude each other: leave out {'-m' if args.multirun else given[0]}")
 
 
 def check_override(override: Override) -> None:

@@ -82,7 +82,10 @@ def read(file: Path) -> Manifest:
         if (version := content.get("schema_version")) != SCHEMA_VERSION:
             raise BadRecord(f"schema version {version!r} of a sweep, this rfloor reads {SCHEMA_VERSION}")
         own: dict[str, Any] = {key: value for key, value in content.items() if key not in ("kind", "schema_version")}
-        return from_plain(Manifest, own)
+        found = from_plain(Manifest, own)
+        if found.sweep_id != file.stem:
+            raise BadRecord(f"the manifest of the sweep {found.sweep_id!r}")
+        return found
     except (BadRecord, TypeError, ValueError) as error:
         raise BadRecord(f"{file}: {error}") from error
 

@@ -201,7 +201,7 @@ def read_json(file: Path) -> Any:
         BadRecord: It cannot be read or is no JSON.
     """
     try:
-        return json.loads(files.read_text(file), parse_constant=_refuse_constant)
+        return json.loads(files.read_text(file), parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError as error:
         raise BadRecord("nested too deeply") from error
     except (OSError, ValueError) as error:
@@ -224,7 +224,7 @@ def from_plain(content: Any) -> Record:
         raise BadRecord("a time or a metric is no finite number")
     if not all(isinstance(warning, str) for warning in content["warnings"]):
         raise BadRecord("a warning is no text")
-    for name in ("device", "versions", "git"):
+    for name in ("device", "versions", "git", "tags"):
         if not isinstance(content["environment"].get(name, {}), dict):
             raise BadRecord(f"environment.{name} is a {type(content['environment'][name]).__name__}")
     if content["outcome"] == Outcome.OK and not content.get(TIMED[kind_of]):
@@ -264,6 +264,14 @@ def _check(content: dict[str, Any], needed: Mapping[str, Types], known: Mapping[
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    """A number of a JSON file: what a float cannot hold could be read and never be written again."""
+    found = float(text)
+    if math.isinf(found):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return found
 
 
 def _is_number(value: Any) -> bool:

@@ -19,7 +19,7 @@ from registry.experiments import applies
 from registry.outcome import BadInput
 from registry.record import BadRecord, read_json, write_json
 from registry.redact import Redactor
-from registry.schema import ExperimentConfig, from_plain
+from registry.schema import GROUPS, ExperimentConfig, from_plain
 from registry.stats import CONFIDENCE, RESAMPLES
 
 if TYPE_CHECKING:
@@ -161,24 +161,40 @@ def check_claims(sweep_id: str, experiment: ExperimentConfig, folder: Path) -> N
         )
 
 
-def from_json(content: dict[str, Any]) -> Registration:
+def from_json(content: Any) -> Registration:
     """A registration out of its file's content.
 
     Raises:
         BadRecord: It is of another schema, lacks something, or is not what was hashed.
     """
-    plain = dict(content)
+    plain = dict(content) if isinstance(content, dict) else {}
     if (version := plain.pop("schema_version", None)) != SCHEMA_VERSION:
         raise BadRecord(f"schema version {version!r} of a registration, this rfloor reads {SCHEMA_VERSION}")
     plain.pop("kind", None)
     try:
         found = from_plain(Registration, plain)
+        _check(found)
         digest = _digest(plain)  # of what was written: a later version's registration may have more to say
     except (TypeError, ValueError, AttributeError) as error:
         raise BadRecord(f"no registration: {error}") from error
     if digest != found.sha256:
         raise BadRecord("a registration whose hash is not that of its content: it was changed after it was made")
     return found
+
+
+def _check(one: Registration) -> None:
+    """Refuse what no experiment could have been registered with.
+
+    Raises:
+        ValueError: There is some of it.
+    """
+    if datetime.fromisoformat(one.registered_at).tzinfo is None:
+        raise ValueError(f"registered_at has no zone: {one.registered_at!r}")
+    if one.experiment.arms is not None and one.experiment.arms not in GROUPS:
+        raise ValueError(f"experiment.arms is {one.experiment.arms!r}")
+    for cell in one.cells:
+        if not isinstance(cell.get("session"), int) or not isinstance(cell.get("cell_id"), str):
+            raise ValueError("one of its cells has no session or no cell_id")
 
 
 def _digest(content: Mapping[str, Any]) -> str:

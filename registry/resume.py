@@ -82,5 +82,5 @@ def _places(jobs: Sequence[What], begun: Manifest | None) -> list[int]:
     known: dict[What, list[int]] = defaultdict(list)
     for job in begun.jobs:
         known[job.what].append(job.index)
-    new = iter(range(max(job.index for job in begun.jobs) + 1, 2**31))
+    new = iter(range(max((job.index for job in begun.jobs), default=-1) + 1, 2**31))
     return [known[what].pop(0) if known[what] else next(new) for what in jobs]

@@ -188,14 +188,18 @@ def _check_about(args: argparse.Namespace, composer: Composer) -> None:
     """Refuse what Hydra would answer with a traceback or with exit code 1.
 
     Raises:
-        BadInput: An override is wrong, or flags exclude each other.
+        BadInput: An override is wrong, or there are several cells.
     """
     if args.shell_completion:  # of overrides that are not finished yet
         _check_completion(args.overrides)
         return
-    if args.multirun and (args.cfg or args.info):
-        raise BadInput("--cfg and --info tell about one cell: leave out -m")
-    for job_overrides in composer.jobs(args.overrides, multirun=args.multirun):
+    jobs = composer.jobs(args.overrides, multirun=args.multirun)
+    if args.multirun:
+        try:
+            composer.jobs(args.overrides, multirun=False)
+        except BadInput as error:
+            raise BadInput("what Hydra tells about is one cell: leave out -m, and give each key one value") from error
+    for job_overrides in jobs:
         hide(known_secrets(dataclasses.asdict(composer.cell(job_overrides))))
 
 

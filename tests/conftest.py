@@ -23,6 +23,7 @@ from registry.schema import GpuConfig
 collect_ignore_glob = ["plugin_*/*"]
 
 settings.register_profile("rfloor", deadline=None)
+settings.register_profile("fuzz", deadline=None, print_blob=True)  # `make fuzz`; see tests/fuzzing.py
 settings.load_profile("rfloor")
 
 

@@ -310,6 +310,17 @@ def test_one_bad_cell_refuses_the_sweep(composer: Composer, folder: Path, overri
     assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("gpu.nvml_names=[{a:1}]", "gpu.nvml_names.0 is a dict"),
+        ("gpu.nvml_names=[[a]]", "gpu.nvml_names.0 is a list"),
+    ],
+)
+def test_a_list_of_texts_has_texts_alone(composer: Composer, override: str, told: str) -> None:
+    assert refusal(composer, "gpu=l4", override) == told
+
+
 def test_a_misspelt_option_lists_all_there_are(composer: Composer) -> None:
     message = refusal(composer, "gpu=h1000")
     assert message.endswith("Known: " + ", ".join(composer.options("gpu")))

@@ -236,6 +236,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "device": ({"environment": {"device": "L4"}}, "environment.device is a str"),
     "versions": ({"environment": {"versions": None}}, "environment.versions is a NoneType"),
     "git": ({"environment": {"git": []}}, "environment.git is a list"),
+    "tags": ({"environment": {"tags": ["upstream"]}}, "environment.tags is a list"),
     "kind": ({"kind": "prefill"}, "a record's kind is one of step, attention, not 'prefill'"),
     "no_calls": ({"kind": "attention"}, "the outcome is ok and there are no call_times_us"),
     "call_time": ({"call_times_us": ["8.4"]}, "a time or a metric is no finite number"),
@@ -250,7 +251,7 @@ def test_a_value_that_no_record_has_is_refused(tmp_path: Path, cell: Cell, name:
 
 def test_an_infinite_metric_is_refused(tmp_path: Path, cell: Cell) -> None:
     text = json.dumps(made_up_record(cell).plain()).replace('"ttft_ms": 12.5', '"ttft_ms": 1e999')
-    assert refusal(tmp_path, text) == "a time or a metric is no finite number"
+    assert refusal(tmp_path, text) == "1e999 is no finite number"
 
 
 @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(Record) if f.name != "study"])

@@ -6,12 +6,14 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
 from sweeps import PATIENCE_S, Start, Sweep, assert_nothing_left, database, marked
 from test_record import made_up_record
 
+from registry import cli
 from registry import manifest as manifests
 from registry import record as records
 from registry.manifest import Manifest, Planned
@@ -113,6 +115,37 @@ def test_a_damaged_record_is_named_and_measured_again(tmp_path: Path, damage: by
 
 
 # The manifest
+
+
+DAMAGED_MANIFESTS: dict[str, dict[str, Any]] = {
+    "another sweep's": {"sweep_id": NEW},
+    "no name": {"sweep_id": {"a": 1}},
+    "no time": {"started_at": [1]},
+    "no jobs": {"jobs": None},
+    "a text for a job": {"jobs": ["x"]},
+    "a place that is none": {"jobs": [{"index": None, "cell_id": A, "session": 0, "experiment": "", "label": ""}]},
+    "an identity that is none": {"jobs": [{"index": 0, "cell_id": [], "session": 0, "experiment": "", "label": ""}]},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_MANIFESTS)
+def test_a_manifest_of_the_wrong_types_is_none(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun(tmp_path, OLD, A)
+    file = manifests.path(tmp_path, OLD)
+    file.write_text(json.dumps(json.loads(file.read_text()) | DAMAGED_MANIFESTS[damage]))
+    with pytest.raises(records.BadRecord, match=str(file)):
+        manifests.read(file)
+    assert look([(A, 0, "")], tmp_path, profiled=False).sweep_id == ""
+    assert cli.main(["status", str(tmp_path)]) == 0
+    assert OLD not in capsys.readouterr().out
+
+
+def test_a_manifest_without_jobs_goes_on_with_the_first_place(tmp_path: Path) -> None:
+    begun(tmp_path, OLD)
+    kept(tmp_path, A, OLD)
+    assert look([(A, 0, ""), (B, 0, "")], tmp_path, profiled=False).places == [0, 1]
 
 
 def test_a_sweep_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
