@@ -40,6 +40,8 @@ ENTRY: dict[str, Types] = {"count": NUMBER, "us": NUMBER}
 """A profile says it of each kernel and operator."""
 SHORTEST, LONGEST = 1e-9, 1e12
 """Milliseconds or microseconds of what was timed: beyond them no mean and no ratio can be told."""
+MOST = 1e18
+"""Of any other figure, bytes among them."""
 LARGEST = 2**63 - 1
 """Of a whole number: what a 64-bit register holds."""
 FIGURE = {"step": "median_tpot_ms", "attention": "median_call_us"}
@@ -81,7 +83,8 @@ def _check_measured(record: Record) -> None:
         BadRecord: There is some of it.
     """
     _check_reach([*record.step_times_ms, *record.call_times_us], "a time")
-    _check_reach([abs(value) for value in record.metrics.values() if value], "a metric")
+    if not all(abs(value) <= MOST for value in record.metrics.values()):
+        raise BadRecord(f"a metric is beyond {MOST:g}")
     said = record.measured
     if record.kind == "attention":
         _check({"calls_a_launch": 1, **said}, {"sdp_enabled": dict, "calls_a_launch": int}, "measured")
