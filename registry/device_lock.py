@@ -48,14 +48,14 @@ def alone_on(device: Device, on_busy: str, stage: Callable[[str], None]) -> Iter
     if device.kind != "cuda" or not device.uuid:
         yield None
         return
-    file, told = path(device), ""
+    file, told = path(device), False
     while (descriptor := _held(file)) is None:
-        who = f"{device.name} {device.uuid} is being measured on by {holder(file)}"
-        if on_busy == REFUSE:
-            raise Refused(Outcome.INTERRUPTED, who, "on_busy=wait waits for it; resume=true then goes on")
-        if who != told:
+        if not told:
+            who = f"{device.name} {device.uuid} is being measured on by {holder(file)}"
+            if on_busy == REFUSE:
+                raise Refused(Outcome.INTERRUPTED, who, "on_busy=wait waits for it; resume=true then goes on")
             stage(f"wait: {who}")
-            told = who
+            told = True
         time.sleep(LOOK_S)
     try:
         yield descriptor

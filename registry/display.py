@@ -57,8 +57,8 @@ def console(stderr: bool = False) -> Console:
     return made if made.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
 
 
-LONG = ("build ", "synthesize ")
-"""How stages begin that take minutes the first time."""
+LONG = ("build ", "synthesize ", "wait: ")
+"""How stages begin that may take minutes."""
 
 
 class Reporter:

@@ -383,7 +383,7 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
     with Reporter(len(jobs)) as reporter:
         call = Call(sweep.sweep_id, None, reporter.stage, hashes)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
                 signal.signal(number, call.interrupt)
         reporter.stage(f"opening {config.tracking.uri.partition('://')[0]} tracking")
         _track(call, config.tracking)

@@ -4,7 +4,9 @@ import errno
 from pathlib import Path
 
 import pytest
-from sweeps import Start, Sweep, assert_nothing_left, words
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from sweeps import Start, Sweep, assert_nothing_left, database, words
 
 from registry import cli, faults
 from registry import record as records
@@ -30,49 +32,37 @@ def test_a_point_fails_as_a_full_disk_does_and_no_other_point_with_it(monkeypatc
     assert caught.value.errno == errno.ENOSPC
 
 
-@pytest.fixture(scope="module")
-def full(start: Start) -> Sweep:
-    """Three cells, and no room for any record."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(faults.VARIABLE, faults.RECORD_FULL)
-        return start("protocol.seed=1,2,3", *SMALL).end()
-
-
-def test_a_disk_full_at_the_record_stops_the_sweep_and_says_what_to_do(full: Sweep) -> None:
+def test_a_disk_full_at_the_record_stops_the_sweep_which_goes_on_once_there_is_room(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(faults.VARIABLE, faults.RECORD_FULL)
+    full = start("protocol.seed=1,2,3", *SMALL).end()
     assert full.code == 1
     assert "Traceback" not in full.stdout + full.stderr
     told = words(full.stdout)
     assert "its record cannot be written: [Errno 28] No space left on device" in told
     assert "the same call with resume=true then goes on" in told
     assert told.count("the sweep was interrupted before this cell") == 1  # one note for two cells
-    assert full.records() == []
+    assert full.written() == []
 
-
-def test_no_run_shows_figures_that_no_record_proves(full: Sweep) -> None:
-    from mlflow.tracking import MlflowClient
-    from sweeps import database
-
-    client = MlflowClient(database(full.home))
-    own = [run for run in client.search_runs(["1"]) if full.stderr and run.data.tags["sweep_id"] == sweep_id(full)]
-    assert sorted(run.data.tags["outcome"] for run in own) == ["crash", "interrupted", "interrupted"]
-    assert not any(run.data.metrics for run in own)
-    assert {run.info.status for run in own} == {"FAILED", "KILLED"}
-
-
-def sweep_id(sweep: Sweep) -> str:
-    [manifest] = sweep.folder.glob("records/sweeps/*.json")
-    return manifest.stem
-
-
-def test_with_room_again_a_resumed_sweep_measures_what_was_lost(full: Sweep, start: Start) -> None:
     [status], _ = statuses(full.folder / "records")
     assert (status.done, len(status.missing), status.state) == (0, 3, "cut short")
+    runs = own_runs(full, status.sweep_id)
+    assert sorted(run.data.tags["outcome"] for run in runs) == ["crash", "interrupted", "interrupted"]
+    assert not any(run.data.metrics for run in runs), "figures that no record proves"
+    assert {run.info.status for run in runs} == {"FAILED", "KILLED"}
+
+    monkeypatch.delenv(faults.VARIABLE)
     again = start("protocol.seed=1,2,3", *SMALL, "resume=true", after=full).end()
     assert again.code == 0, again.stderr
     found = again.records()
-    assert [record["outcome"] for record in found] == ["ok"] * 3
-    assert {record["sweep_id"] for record in found} == {sweep_id(full)}
+    assert [(record["outcome"], record["sweep_id"]) for record in found] == [("ok", status.sweep_id)] * 3
+    assert len(own_runs(full, status.sweep_id)) == 6
     assert_nothing_left(again)
+
+
+def own_runs(sweep: Sweep, sweep_id: str) -> list[Run]:
+    return [run for run in MlflowClient(database(sweep.home)).search_runs(["1"], f"tags.sweep_id = '{sweep_id}'")]
 
 
 def test_a_disk_full_at_mlflow_costs_no_record(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
