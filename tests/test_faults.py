@@ -62,7 +62,7 @@ def test_a_disk_full_at_the_record_stops_the_sweep_which_goes_on_once_there_is_r
 
 
 def own_runs(sweep: Sweep, sweep_id: str) -> list[Run]:
-    return [run for run in MlflowClient(database(sweep.home)).search_runs(["1"], f"tags.sweep_id = '{sweep_id}'")]
+    return list(MlflowClient(database(sweep.home)).search_runs(["1"], f"tags.sweep_id = '{sweep_id}'"))
 
 
 def test_a_disk_full_at_mlflow_costs_no_record(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
