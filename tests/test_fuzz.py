@@ -43,6 +43,7 @@ from registry.plugins import Catalog
 from registry.record import Record
 from registry.registration import Registration
 from registry.report.build import SECTIONS, build, write
+from registry.report.document import markdown
 from registry.report.observation import Observation
 from registry.report.terminal import tell_report
 from registry.schema import GROUPS, ExperimentConfig, GpuConfig
@@ -107,7 +108,7 @@ def forget() -> None:
         sweep._planner.cache_clear()
 
 
-@cases(100, 4000)
+@cases(80, 3000)
 @given(data=st.data())
 @pytest.mark.usefixtures("few_cells", "no_worker")
 def test_any_command_line_is_planned_or_bad_input(grammar: Grammar, cwd: Path, data: st.DataObject) -> None:
@@ -256,15 +257,11 @@ def reported(
     results(found, 200)
     notes(found)
     report = build(experiment, [Observation(one, one.record_id) for one in found], registered)
-    if drawn:
-        files = write(report, target / "report")
-    else:
-        files = []
-        report.facts  # noqa: B018
-    tell_report(report, files)
+    tell_report(report, write(report, target / "report") if drawn else [])
+    markdown(report)
 
 
-@cases(60, 2500)
+@cases(40, 2000)
 @given(data=st.data())
 def test_a_damaged_record_is_told_or_left_out(
     whole: Whole, healthy: Path, home: Path, everything: ExperimentConfig, data: st.DataObject
@@ -275,7 +272,7 @@ def test_a_damaged_record_is_told_or_left_out(
         seen(healthy, everything, home / "out", drawn=data.draw(st.integers(0, 9)) == 0)
 
 
-@cases(30, 1000)
+@cases(20, 600)
 @given(data=st.data())
 def test_a_damaged_registration_is_told_or_left_out(
     whole: Whole, healthy: Path, home: Path, everything: ExperimentConfig, data: st.DataObject
@@ -291,7 +288,7 @@ def test_a_damaged_registration_is_told_or_left_out(
             registration.check_claims(SWEEP, everything, healthy)
 
 
-@cases(30, 1500)
+@cases(40, 2500)
 @given(data=st.data())
 def test_a_damaged_manifest_is_told_or_left_out(whole: Whole, healthy: Path, data: st.DataObject) -> None:
     jobs = [(r["cell_id"], r["session"], r["experiment"]) for r in whole.records.values()]
@@ -304,7 +301,7 @@ def test_a_damaged_manifest_is_told_or_left_out(whole: Whole, healthy: Path, dat
         archive.everything_in(healthy)
 
 
-@cases(3, 60)
+@cases(2, 40)
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_record_is_imported_or_told(whole: Whole, healthy: Path, home: Path, data: st.DataObject) -> None:
@@ -334,7 +331,7 @@ def brought(home: Path, composer: Composer) -> Path:
     return home / "conf"
 
 
-@cases(30, 1000)
+@cases(20, 700)
 @given(data=st.data())
 @pytest.mark.usefixtures("few_cells")
 def test_a_damaged_option_is_composed_or_bad_input(
@@ -369,7 +366,7 @@ def victim(saved: Path, home: Path) -> Path:
     return shutil.copytree(saved, home / "victim")
 
 
-@cases(50, 1500)
+@cases(50, 2000)
 @given(data=st.data())
 def test_a_damaged_model_folder_loads_or_is_bad_input(victim: Path, small: Architecture, data: st.DataObject) -> None:
     part = data.draw(st.sampled_from(["config", "header", "header", "index"]))
@@ -407,7 +404,7 @@ def quantised(home: Path, small: Architecture) -> dict[str, Path]:
     return {name: home / name for name in FORMS}
 
 
-@cases(30, 1000)
+@cases(30, 1500)
 @given(data=st.data())
 def test_a_damaged_quantised_folder_is_taken_or_bad_input(
     quantised: dict[str, Path], small: Architecture, data: st.DataObject
