@@ -6,14 +6,26 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 EXTRAS ?= nf4,gptq,exl2
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: run test lint ui bench legacy clean
+.PHONY: run test services fuzz soak lint ui bench legacy clean
 
 run: $(VENV)/run.stamp  ## measure: make run ARGS="-m quant=none,nf4"
 	@$(BIN)/python runner.py $(ARGS)
 
 test: $(VENV)/dev.stamp  ## the whole CPU test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+services: $(VENV)/dev.stamp  ## many writers at once: SQLite, and an MLflow server on PostgreSQL, which this installs
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
+		{ $(SUDO) apt-get -qq update && $(SUDO) apt-get -qq install -y postgresql; }
+	$(BIN)/python -m pytest -m services $(ARGS)
+
+fuzz: $(VENV)/dev.stamp  ## ten thousand strange calls and damaged files; some minutes
+	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz --hypothesis-show-statistics $(ARGS)
+
+soak: $(VENV)/dev.stamp  ## a sweep of 500 cells, or of RFLOOR_SOAK_CELLS: an hour
+	$(BIN)/python -m pytest tests/test_soak.py -m soak $(ARGS)
 
 lint: $(VENV)/dev.stamp  ## ruff, and mypy strict on registry and backends
 	$(BIN)/ruff check .

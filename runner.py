@@ -25,5 +25,8 @@ def main(config: DictConfig) -> Any:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = prepare(sys.argv[1:])
-    main()
+    try:
+        sys.argv[1:] = prepare(sys.argv[1:])
+        main()
+    except KeyboardInterrupt:  # later the sweep itself is told
+        sys.exit("rfloor: interrupted before anything was measured")

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from registry.tracking import TrackingDown
+from registry.mlflow_client import TrackingDown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

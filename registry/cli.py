@@ -12,15 +12,18 @@ from registry.architecture import Architecture
 from registry.archive import records_in
 from registry.checkpoint import CheckpointFormat
 from registry.compose import Composer
-from registry.display import console
+from registry.display import console, tell_status
 from registry.export import export
+from registry.importing import import_records
+from registry.mlflow_client import TrackingDown
 from registry.outcome import BadInput, Refused, nearest
 from registry.plan import plugin_options
 from registry.plugins import Catalog
 from registry.report.terminal import tell_report
+from registry.status import statuses
+from registry.streams import hide
 from registry.synthesis import write_checkpoint
-from registry.tracking import TrackingDown, import_records
-from registry.validate import redact, validate
+from registry.validate import validate
 from registry.weights import check_weights, open_weights
 
 if TYPE_CHECKING:
@@ -53,8 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
     exporter = commands.add_parser("export", help="write records as the study's own cell files")
     exporter.add_argument("--study", type=Path, required=True, metavar="DIR", help="where to")
     exporter.add_argument("folder", type=Path, nargs="?", default=Path("records"), help="records (default: records)")
+    teller = commands.add_parser("status", help="tell what of each sweep is measured, failed or missing")
+    teller.add_argument("folder", type=Path, nargs="?", default=Path("records"), help="records (default: records)")
+    teller.add_argument("sweep", nargs="*", help="tell of these alone, cell by cell")
+    hide()
     args = parser.parse_args(arguments)
     try:
+        if args.command == "status":
+            return _status(args.folder, args.sweep)
         if args.command == "export":
             return _export(args.folder, args.study)
         if args.command == "report":
@@ -63,13 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
             return _synthesize(args.overrides)
         return _import(args.folder, args.overrides)
     except BadInput as error:
-        print(f"rfloor: {redact(str(error))}", file=sys.stderr)
+        print(f"rfloor: {error}", file=sys.stderr)
         return 2
     except Refused as error:
         print(f"rfloor: {error}", file=sys.stderr)
         return 1
     except TrackingDown as error:
-        print(f"rfloor: MLflow cannot be reached: {redact(str(error))}", file=sys.stderr)
+        print(f"rfloor: MLflow cannot be reached: {error}", file=sys.stderr)
         return 1
 
 
@@ -155,6 +164,19 @@ def _export(folder: Path, target: Path) -> int:
     )
     if done.renamed:
         print(f"{done.renamed} of them are of cells that share the study's name: sweep and cell stand behind it")
+    return _told(problems)
+
+
+def _status(folder: Path, wanted: Sequence[str]) -> int:
+    """Tell of the sweeps under a folder of records, cell by cell of those that are named."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is no folder")
+    found, problems = statuses(folder)
+    known = {status.sweep_id: status for status in found}
+    for sweep_id in wanted:
+        if sweep_id not in known:
+            raise BadInput(f"no sweep of {folder} is called {sweep_id!r}: {nearest(sweep_id, known)}")
+    tell_status([known[sweep_id] for sweep_id in wanted] if wanted else found, in_full=bool(wanted))
     return _told(problems)
 
 

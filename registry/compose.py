@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fnmatch
 import itertools
 import re
 from typing import TYPE_CHECKING, Any
@@ -25,12 +24,13 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
 
+from registry import doors
+from registry.axes import TOLD, check_count, check_product, texts
 from registry.environments import ROOT
 from registry.outcome import BadInput, nearest
 from registry.plugins import KINDS, Catalog
-from registry.schema import GROUPS, Config
+from registry.schema import GROUPS, Config, from_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,11 +44,6 @@ EXPERIMENT = "experiment"
 NO_EXPERIMENT = [f"{EXPERIMENT}=none"]
 SHORT = {"protocol.context": "context"}
 """Keys that have a short form."""
-HYDRA_ALLOWED = ("hydra/launcher", "hydra.launcher.*", "hydra.verbose")
-"""Hydra's own keys that a call may set: which launcher runs the cells, and how much Hydra says.
-
-Hydra's others (callbacks, logging handlers, search path) make it import what a config names.
-"""
 OPEN_KEYS = re.compile(r"^((backend|quant|attention)\.options|model\.rope_scaling)\.\w")
 """Where `+key=value` may add a key: the plugins' own options."""
 
@@ -86,6 +81,7 @@ class Composer:
         self._loader = ConfigLoaderImpl(config_search_path=create_config_search_path(str(CONF)))
         self._parser = OverridesParser.create(config_loader=self._loader)
         self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._hydra: dict[str, Any] = {}
 
     def options(self, group: str) -> list[str]:
         """The options of a config group, YAML and plugins alike."""
@@ -106,20 +102,21 @@ class Composer:
             BadInput: An override that cannot be parsed, is not allowed, or names what does not exist; a sweep
                 without `-m`.
         """
-        try:
-            parsed = [override for text in overrides for override in self._parser.parse_overrides([text])]
-        except HydraException as error:
-            raise BadInput(f"cannot read an override: {str(error).splitlines()[0]}") from error
+        parsed = [self._parse(text) for text in overrides]
         for override in parsed:
             self._check(override, multirun)
         self._check_hydra([override.input_line or "" for override in parsed if override.is_hydra_override()])
-        axes = {o.get_key_element(): _texts(o) for o in parsed if not o.is_hydra_override()}
+        axes = {o.get_key_element(): texts(o) for o in parsed if not o.is_hydra_override()}
         if axes.get(EXPERIMENT, NO_EXPERIMENT) == NO_EXPERIMENT:
+            check_product(axes.values())
             return [list(job) for job in itertools.product(*axes.values())]
         jobs: dict[tuple[str, ...], None] = {}  # in order, and those that two products of an experiment share once
         for experiment in axes.pop(EXPERIMENT):
             for product in self._products(experiment, multirun):
-                jobs |= dict.fromkeys(itertools.product(*_with(product, axes).values()))
+                own = _with(product, axes)
+                check_product(own.values())
+                jobs |= dict.fromkeys(itertools.product(*own.values()))
+                check_count(len(jobs), EXPERIMENT)
         return [list(job) for job in jobs]
 
     def _products(self, experiment: str, multirun: bool) -> list[dict[str, list[str]]]:
@@ -134,32 +131,41 @@ class Composer:
         products = []
         for cells in config.cells:
             try:
-                parsed = [self._parser.parse_overrides([_text(str(key), value)])[0] for key, value in cells.items()]
-            except HydraException as error:
-                raise BadInput(f"cannot read the cells of {experiment}: {explain(error)}") from error
+                parsed = [self._parse(_text(str(key), value)) for key, value in cells.items()]
+            except BadInput as error:
+                raise BadInput(f"the cells of {experiment}: {error}") from error
             for override in parsed:
+                if override.is_hydra_override():
+                    raise BadInput(f"{experiment}: {override.input_line} is Hydra's own and no axis of a cell")
                 self._check(override, multirun=True)
-            products.append({EXPERIMENT: [experiment]} | {o.get_key_element(): _texts(o) for o in parsed})
+            products.append({EXPERIMENT: [experiment]} | {o.get_key_element(): texts(o) for o in parsed})
         return products
 
     def cell_overrides(self, overrides: Sequence[str]) -> list[str]:
         """Those of a call's overrides that are its cells' and not Hydra's own."""
-        return [text for text in overrides if not self._parser.parse_overrides([text])[0].is_hydra_override()]
+        return [text for text in overrides if not self._parse(text).is_hydra_override()]
+
+    def _parse(self, text: str) -> Override:
+        """One override.
+
+        Raises:
+            BadInput: It cannot be read; what Hydra's grammar and functions raise is of many kinds.
+        """
+        try:
+            [parsed] = self._parser.parse_overrides([text])
+        except RecursionError as error:
+            raise BadInput(f"cannot read an override: nested too deeply: {text[:TOLD]}...") from error
+        except Exception as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            told = lines[:2] if lines[0].startswith("Error parsing") else lines[:1]  # the next says what and why
+            raise BadInput(f"cannot read an override: {' '.join(told)}") from error
+        return parsed
 
     def _check(self, override: Override, multirun: bool) -> None:
+        doors.check_override(override)
         text, key = override.input_line or "", override.key_or_group
-        if "_target_" in text:
-            raise BadInput(f"{text}: a configuration is data, it cannot name code to call (_target_)")
-        if override.is_delete():
-            raise BadInput(f"{text}: a key cannot be removed; set it to another value")
-        if override.package is not None:
-            raise BadInput(f"{text}: a group keeps its place, write {key}=OPTION")
         if override.is_hydra_override():
-            if not any(fnmatch.fnmatch(key, allowed) for allowed in HYDRA_ALLOWED):
-                raise BadInput(f"{text}: of Hydra's own keys a call may set {', '.join(HYDRA_ALLOWED)}")
-            if override.is_sweep_override():
-                raise BadInput(f"{text}: Hydra's own keys hold for the whole call and cannot be swept")
-            if key == "hydra/launcher":
+            if key == doors.LAUNCHER:
                 self._check_options(key, override)
             return
         if (override.is_add() or override.is_force_add()) and not OPEN_KEYS.match(key):
@@ -172,12 +178,12 @@ class Composer:
             self._check_options(key, override)
         elif not (override.is_add() or override.is_force_add()):
             self._check_key(key)
-        if not _texts(override):
+        if not texts(override):
             raise BadInput(f"{text}: this sweep has no values")
 
     def _check_options(self, group: str, override: Override) -> None:
         known = self.options(group)
-        for choice in _texts(override):
+        for choice in texts(override):
             option = choice.partition("=")[2].strip("'\"")
             if option not in known:
                 raise BadInput(f"no {group} is called {option!r}: {nearest(option, known)}")
@@ -185,8 +191,8 @@ class Composer:
     def _check_hydra(self, overrides: list[str]) -> None:
         if overrides:
             try:
-                self._loader.load_configuration(CONFIG_NAME, overrides, run_mode=RunMode.MULTIRUN)
-            except (HydraException, OmegaConfBaseException) as error:
+                doors.check_launcher(self._load(overrides, RunMode.MULTIRUN))
+            except OmegaConfBaseException as error:
                 raise BadInput(explain(error)) from error
 
     def _check_key(self, key: str) -> None:
@@ -205,17 +211,32 @@ class Composer:
 
     def _groups(self, choices: tuple[str, ...]) -> DictConfig:
         if choices not in self._composed:
-            try:
-                config = self._loader.load_configuration(
-                    config_name=CONFIG_NAME, overrides=list(choices), run_mode=RunMode.RUN
-                )
-            except (HydraException, OmegaConfBaseException, YAMLError) as error:
-                raise BadInput(explain(error)) from error
+            config = self._load(choices, RunMode.RUN)
+            hydra: Any = OmegaConf.to_container(config.hydra, resolve=False)
+            if not choices:
+                self._hydra = hydra
+            else:
+                self._groups(())
+                doors.check_unchanged(self._hydra, hydra, " ".join(choices))
             config._set_flag("struct", False)
             del config["hydra"]  # not part of a cell, and most of the cost of a copy
             config._set_flag("struct", True)
             self._composed[choices] = config
         return self._composed[choices]
+
+    def _load(self, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+        """What Hydra composes.
+
+        Raises:
+            BadInput: It cannot; whatever a damaged file makes it raise.
+        """
+        try:
+            return self._loader.load_configuration(CONFIG_NAME, list(overrides), run_mode=mode)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise BadInput(explain(error)) from error
+        except Exception as error:  # a YAML file that is none: the reader's errors, and asserts of Hydra's
+            told = " ".join(str(error).split()) or type(error).__name__
+            raise BadInput(f"{' '.join(overrides) or CONF} cannot be composed: {told}") from error
 
     def cell(self, overrides: Sequence[str]) -> Config:
         """Compose one cell.
@@ -227,7 +248,7 @@ class Composer:
             BadInput: A value of the wrong type, a value that is missing, or an unknown option of a plugin.
         """
         try:
-            parsed = self._parser.parse_overrides(list(overrides))
+            parsed = [self._parse(text) for text in overrides]
             groups = tuple(o.input_line or "" for o in parsed if o.key_or_group in GROUPS)
             values = [o for o in parsed if o.key_or_group not in GROUPS]
             config = copy.deepcopy(self._groups(groups))
@@ -257,7 +278,10 @@ def to_config(composed: DictConfig) -> Config:
         }
     except OmegaConfBaseException as error:
         raise BadInput(explain(error)) from error
-    config = Config(**values)
+    try:  # OmegaConf takes a list or a dictionary wherever a list of texts has one text
+        config = from_plain(Config, dataclasses.asdict(Config(**values)))
+    except TypeError as error:
+        raise BadInput(str(error)) from error
     if config.context is not None:
         config.protocol.context, config.context = config.context, None
     return config
@@ -267,10 +291,9 @@ def explain(error: BaseException) -> str:
     """One line that says which key is wrong and why, out of Hydra's chain of exceptions."""
     while error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, YAMLError):
-        return " ".join(str(error).split())
     lines = str(error).splitlines() or [type(error).__name__]
-    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # what was being composed, and what failed
+    # Of what goes wrong in a file Hydra names the file, and in the next line what.
+    first = " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0]
     key = getattr(error, "full_key", None)
     parent = getattr(error, "parent_node", None)
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and isinstance(parent, DictConfig):
@@ -290,13 +313,6 @@ def _with(product: dict[str, list[str]], axes: dict[str, list[str]]) -> dict[str
     """An experiment's axes with those that the call gives in place of the same."""
     given = {SHORT.get(key, key) for key in axes}
     return {key: texts for key, texts in product.items() if SHORT.get(key, key) not in given} | axes
-
-
-def _texts(override: Override) -> list[str]:
-    key = override.get_key_element()
-    if override.is_sweep_override():
-        return [f"{key}={value}" for value in override.sweep_string_iterator()]
-    return [f"{key}={override.get_value_element_as_str()}"]
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:

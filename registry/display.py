@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from registry.plan import Cell
     from registry.record import Record
+    from registry.status import Status
 
 AXES = tuple(group for group in GROUPS if group not in ("protocol", "experiment", "tracking"))
 PLAIN = ("auto", "hf", "none", "sdpa", "eager")
@@ -56,8 +57,8 @@ def console(stderr: bool = False) -> Console:
     return made if made.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
 
 
-LONG = ("build ", "synthesize ")
-"""How stages begin that take minutes the first time."""
+LONG = ("build ", "synthesize ", "wait: ")
+"""How stages begin that may take minutes."""
 
 
 class Reporter:
@@ -185,6 +186,29 @@ def notes(records: Sequence[Record]) -> list[str]:
             for warning in record.warnings:
                 rows.setdefault(f"warning: {warning}", {})[row] = None
     return [f"{_numbers([*found])} {text}" for text, found in rows.items()]
+
+
+def tell_status(found: Sequence[Status], in_full: bool) -> None:
+    """Print a row a sweep; in full also a line for each cell that is not measured."""
+    out = console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("sweep", "begun", "cells", "done", "failed", "missing", "state"):
+        table.add_column(
+            heading, justify="left" if heading in ("sweep", "begun", "state") else "right", overflow="fold"
+        )
+    for one in found:
+        told = str(one.planned) if one.planned is not None else "?"
+        counts = (told, str(one.done), str(len(one.failed)), str(len(one.missing)))
+        table.add_row(one.sweep_id, one.started_at[:19].replace("T", " "), *counts, one.state)
+    out.print(table)
+    lines = []
+    for one in found if in_full else ():
+        lines += [f"{head['outcome']} {head['label']}: {file}" for head, file in one.failed]
+        lines += [f"missing {job.label}" for job in one.missing]
+    if any(one.state == "cut short" or one.failed for one in found):
+        lines.append("The call of a sweep, given again with resume=true, measures what failed or is missing.")
+    for line in lines:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def plan_table(cells: Sequence[Cell]) -> Table:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from registry.record import Record
     from registry.registration import Registration
     from registry.report.document import Report
+    from registry.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Opened:
 
 
 def open_runs(found: Sequence[Registration], folder: Path, call: Call) -> list[Opened]:
-    """Write every registration to disk, then to MLflow, before anything is measured.
+    """Register every experiment on disk and in MLflow before anything is measured.
 
     Args:
         found: One for each experiment of a call.
@@ -46,16 +47,26 @@ def open_runs(found: Sequence[Registration], folder: Path, call: Call) -> list[O
 
 
 def _open(registration: Registration, folder: Path, call: Call) -> Opened:
+    # In this order, as with a cell: an import that finds the file finds its run too, and makes no second.
+    run_id = call.tracked(lambda mlflow: _run(mlflow, registration))
     file = registrations.write(registration, folder)
-    return Opened(registration, file, call.tracked(lambda mlflow: mlflow.open_experiment(registration, file)))
+    if run_id:
+        call.tracked(lambda mlflow: mlflow.log_registration(run_id, file))
+    return Opened(registration, file, run_id)
 
 
-def close_runs(opened: Sequence[Opened], records: Sequence[Record], call: Call) -> list[tuple[Report, list[Path]]]:
+def _run(mlflow: Tracker, registration: Registration) -> str:
+    """Of a sweep that is taken up again the run that it has already."""
+    run_id, _ = mlflow.known(registration.record_id).get(registration.record_id, ("", False))
+    return run_id or mlflow.open_experiment(registration)
+
+
+def close_runs(opened: Sequence[Opened], measured: Sequence[Record], call: Call) -> list[tuple[Report, list[Path]]]:
     """Report on every experiment of a call, and log that to its run.
 
     Args:
         opened: As `open_runs` gave them.
-        records: Of the call.
+        measured: The records of the call.
         call: MLflow, while it answers.
 
     Returns:
@@ -63,13 +74,13 @@ def close_runs(opened: Sequence[Opened], records: Sequence[Record], call: Call) 
     """
     known = (call.tracked(lambda mlflow: mlflow.known()) or {}) if opened else {}
     run_ids = {record_id: run_id for record_id, (run_id, _) in known.items()}
-    return [_close(one, records, run_ids, call) for one in opened]
+    return [_close(one, measured, run_ids, call) for one in opened]
 
 
 def _close(
-    one: Opened, records: Sequence[Record], run_ids: Mapping[str, str], call: Call
+    one: Opened, measured: Sequence[Record], run_ids: Mapping[str, str], call: Call
 ) -> tuple[Report, list[Path]]:
-    own = [record for record in records if record.experiment == one.registration.experiment.name]
+    own = [record for record in measured if record.experiment == one.registration.experiment.name]
     observations = [Observation(record, run_ids.get(record.record_id, "")) for record in own]
     report = build(one.registration.experiment, observations, [one.registration])
     files = write(report, one.file.with_suffix(""))

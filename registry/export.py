@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
     from registry.record import Record
     from registry.schema import ExperimentConfig
+
+
+NO_NAME = re.compile(r"[^A-Za-z0-9_-]")
+"""What no file of the study's has in its name; a record may come from anywhere."""
+LONGEST = 140
+"""Characters of such a name."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def _files(records: Sequence[Record], experiment: ExperimentConfig) -> Iterator[
     elif shape is not None:
         for one in own:
             keys = frozenset({one.record_id})
-            yield _File(_prefix(shape, one), _identity(one), one.study | _keys(shape, one), keys)
+            yield _File(_safe(_prefix(shape, one)), _identity(one), one.study | _keys(shape, one), keys)
 
 
 def _pairs(records: Sequence[Record], experiment: ExperimentConfig) -> Iterator[_File]:
@@ -100,15 +107,19 @@ def _pairs(records: Sequence[Record], experiment: ExperimentConfig) -> Iterator[
                 content |= {"eager_p50_ms": eager.study["p50_ms"]} if eager else {}
                 content |= {"graphed_p50_ms": graphed.study["p50_ms"]} if graphed else {}
                 keys = frozenset(one.record_id for one in both)
-                yield _File(_prefix("pairs", both[-1]), "_".join(map(_identity, both[::-1])), content, keys)
+                yield _File(_safe(_prefix("pairs", both[-1])), "_".join(map(_identity, both[::-1])), content, keys)
 
 
 def _or_none(found: Sequence[Record] | None) -> Sequence[Record | None]:
     return found or [None]
 
 
+def _safe(name: str) -> str:
+    return NO_NAME.sub("_", name)[:LONGEST]
+
+
 def _identity(record: Record) -> str:
-    return f"{record.sweep_id}-{record.index}-{record.cell_id}"
+    return _safe(f"{record.sweep_id}-{record.index}-{record.cell_id}")
 
 
 def _prefix(shape: str, record: Record) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from registry.environments import version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 THROTTLE_REASONS = {
     0x04: "software power cap",
@@ -88,13 +88,26 @@ def snapshot() -> dict[str, Any]:
             "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
             "throttled": lambda: throttle_reasons(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
         }
-        state: dict[str, Any] = {}
-        for key, read in readings.items():
-            try:
-                state[key] = read()  # type: ignore[no-untyped-call]
-            except nvml.NVMLError:
-                continue
-        return state
+        return _told(nvml, readings)
+
+
+def load() -> dict[str, Any]:
+    """What runs on the visible GPU now, asked by a process that has not used it yet.
+
+    Returns:
+        `processes`: of each its PID (of the driver's own PID namespace) and bytes; `memory_used_bytes` without what
+        the driver keeps for itself; `utilisation_percent`: of the last second or less in which any kernel ran. Empty
+        where there is no GPU; a key is absent where the device does not tell it.
+    """
+    with _nvml() as nvml:
+        handle = _visible_handle(nvml) if nvml else None
+        return {} if handle is None else _told(nvml, _load_readings(nvml, handle))
+
+
+def contexts() -> int | None:
+    """How many processes use the visible GPU; `None` where nobody tells."""
+    processes = load().get("processes")
+    return None if processes is None else len(processes)
 
 
 def throttle_reasons(bits: int) -> list[str]:
@@ -132,6 +145,30 @@ def collect_git() -> dict[str, str]:
 def describe(device: Device) -> dict[str, Any]:
     """What a record says of its machine."""
     return {**asdict(device), "os": platform.platform(), "cpu": cpu_device().name, "cores": physical_cores()}
+
+
+def _told(nvml: Any, readings: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """The readings that the device gives."""
+    state: dict[str, Any] = {}
+    for key, read in readings.items():
+        try:
+            state[key] = read()
+        except nvml.NVMLError:
+            continue
+    return state
+
+
+def _load_readings(nvml: Any, handle: Any) -> dict[str, Callable[[], Any]]:
+    def processes() -> list[dict[str, Any]]:
+        kinds = (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses)
+        found = {one.pid: one.usedGpuMemory for kind in kinds for one in kind(handle)}
+        return [{"pid": pid, "memory_bytes": size} for pid, size in found.items()]
+
+    return {
+        "processes": processes,
+        "memory_used_bytes": lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used),
+        "utilisation_percent": lambda: int(nvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+    }
 
 
 @contextmanager

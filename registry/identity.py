@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.redact import Redactor
 from registry.schema import what_decides, what_is_measured
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
 
     Args:
         config: The resolved cell. Where its runs and records go, what it is asked for, how often and how long it may
-            take, what is looked at once all is timed, what its GPU costs and where its numbers were read is left out.
+            take, what is looked at once all is timed, what its GPU costs and where its numbers were read is left out;
+            so are secrets, which change no step and which a hash would let others guess.
         device: The device that measures; its name and driver count, not which of several equal ones it is.
         modules: The plugins' modules.
         versions: Installed packages.
@@ -36,7 +38,7 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
         Sixteen hexadecimal digits.
     """
     identity = {
-        "config": what_decides(what_is_measured(config)),
+        "config": Redactor().plain(what_decides(what_is_measured(config))),
         "sources": {name: source_digest(name) for name in sorted({WORKER, *modules})},
         "device": [device.kind, device.name, device.driver],
         "versions": dict(versions),

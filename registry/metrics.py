@@ -18,6 +18,9 @@ ROTATED_L2 = 2
 """L2 caches that rotated caches have to fill before a call finds nothing of the last round in one."""
 CLOCK_SLACK = 0.02
 """A cap that leaves the clocks within this fraction of their maximum slowed nothing that could be seen."""
+IDLE_BYTES = 1_000_000_000
+IDLE_PERCENT = 5
+"""What a device that nobody uses may have in use, and how busy it may be."""
 
 
 def metrics(cell: Cell, measured: Mapping[str, Any]) -> dict[str, float]:
@@ -92,7 +95,7 @@ def kernel_metrics(cell: Cell, measured: Mapping[str, Any]) -> dict[str, float]:
 
 def kernel_warnings(measured: Mapping[str, Any], l2_bytes: int | None) -> list[str]:
     """What a reader has to know before believing a kernel's figures."""
-    found = stats.unsteady(measured["call_times_us"])
+    found = [*stats.unsteady(measured["call_times_us"]), *sharing(measured)]
     if l2_bytes and measured["rotated_bytes"] < ROTATED_L2 * l2_bytes:
         found.append(
             f"the caches that the calls rotate over have {measured['rotated_bytes'] / 1e6:.0f} MB, the L2 cache has "
@@ -156,6 +159,7 @@ def warnings(cell: Cell, measured: Mapping[str, Any], figures: Mapping[str, floa
     found = stats.unsteady(measured["step_times_ms"])
     for moment in ("before", "after"):
         found += throttling(measured[f"device_{moment}"], moment)
+    found += sharing(measured)
     found += [
         f"{name} is {figures[name]:.3f}: above 1, so a cache held part of the bytes or the bandwidth is another's"
         for name in ("r_floor", "mbu", "mbu_attainable")
@@ -196,6 +200,33 @@ def compiling(execution: Mapping[str, Any]) -> list[str]:
     if execution.get("cudagraph_skips"):
         count, mode = execution["cudagraph_skips"], execution["mode"]
         found.append(f"CUDA graphs skipped: {count}; mode {mode} promises them, and Python launched what it skipped")
+    return found
+
+
+def sharing(measured: Mapping[str, Any]) -> list[str]:
+    """What else used the device.
+
+    Args:
+        measured: What `registry.hardware.load` found before the worker touched the device, and how many processes
+            used it in the end, of which the worker is one.
+    """
+    before, after = measured.get("load_before", {}), measured.get("contexts_after")
+    others = before.get("processes", [])
+    found = []
+    if others:
+        gb = sum(one["memory_bytes"] or 0 for one in others) / 1e9
+        found.append(f"shared: {len(others)} other processes held {gb:.1f} GB of the device before the worker came")
+    elif before.get("memory_used_bytes", 0) > IDLE_BYTES:
+        gb = before["memory_used_bytes"] / 1e9
+        found.append(
+            f"shared: {gb:.1f} GB of the device were in use before the worker came, by whom it does not tell"
+        )
+    if before.get("utilisation_percent", 0) > IDLE_PERCENT:
+        found.append(
+            f"shared: the device was busy {before['utilisation_percent']} % of the time before the worker came"
+        )
+    if not others and after is not None and after > 1:
+        found.append(f"shared: {after - 1} other processes came to the device while the worker was there")
     return found
 
 

@@ -70,6 +70,11 @@ class Cell:
         return Architecture.of(self.config.model)
 
     @property
+    def experiment(self) -> str:
+        """Name of the experiment that it is measured for; empty for none."""
+        return self.config.experiment.name if self.config.experiment.cells else ""
+
+    @property
     def kernel_alone(self) -> bool:
         """Whether an attention kernel is timed and not a step."""
         return self.config.protocol.measures == "attention"

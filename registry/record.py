@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from registry import faults, files
 from registry.outcome import Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 SCHEMA_VERSION = 1
@@ -32,6 +34,22 @@ STUDY_KEYS = (
     "source",
 )
 """Keys of the study's own cell files; they stand at the top level of a record, beside rfloor's."""
+HEAD = (
+    "record_id",
+    "cell_id",
+    "sweep_id",
+    "index",
+    "session",
+    "attempt",
+    "kind",
+    "experiment",
+    "outcome",
+    "label",
+    "started_at",
+    "wall_s",
+)
+"""What stands first in a record's file, so that thousands can be told apart by their beginnings (`head`)."""
+HEAD_BYTES = 4096
 
 
 class BadRecord(Exception):
@@ -50,6 +68,7 @@ class Record:
         kind: `step` for a whole decode step, `attention` for a kernel alone: what was timed.
         experiment: Name of the experiment that it was measured for; empty for none.
         session: Of how many times the sweep measured the cell this is which, from 0.
+        attempt: Of how often the sweep tried the session this is which, from 1: a resumed sweep tries again.
         registration: SHA-256 of what was registered of that experiment before its first cell ran; empty for none.
         outcome: How it ended.
         label: The cell in one line.
@@ -82,6 +101,7 @@ class Record:
     kind: str = "step"
     experiment: str = ""
     session: int = 0
+    attempt: int = 1
     registration: str = ""
     reason: str = ""
     remedy: str = ""
@@ -97,10 +117,12 @@ class Record:
     def plain(self) -> dict[str, Any]:
         """The record as its file holds it."""
         content = asdict(self)
-        return {"schema_version": SCHEMA_VERSION, **content.pop("study"), **content}
+        head = {name: content.pop(name) for name in HEAD}
+        return {"schema_version": SCHEMA_VERSION, **head, **content.pop("study"), **content}
 
 
-TYPES: dict[str, type | tuple[type, ...]] = {
+Types = type | tuple[type, ...]
+TYPES: dict[str, Types] = {
     "record_id": str,
     "cell_id": str,
     "sweep_id": str,
@@ -119,10 +141,11 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "metrics": dict,
     "measured": dict,
 }
-LATER: dict[str, type | tuple[type, ...]] = {
+LATER: dict[str, Types] = {
     "kind": str,
     "experiment": str,
     "session": int,
+    "attempt": int,
     "registration": str,
     "call_times_us": list,
     "event_call_times_us": (list, type(None)),
@@ -144,6 +167,33 @@ def read(file: Path) -> Record:
         raise BadRecord(f"{file}: {error}") from error
 
 
+def head(file: Path) -> dict[str, Any]:
+    """What a record's file says of itself before its figures, at a twentieth of the time that `read` takes.
+
+    Returns:
+        `HEAD`, with the defaults of what a record of an earlier version lacks.
+
+    Raises:
+        BadRecord: See `read`; of a whole file only the beginning is checked.
+    """
+    try:
+        with file.open("rb") as stream:
+            begins = stream.read(HEAD_BYTES)
+            if len(begins) == HEAD_BYTES:
+                stream.seek(-2, os.SEEK_END)
+                whole = stream.read() == b"}\n"
+                begins = begins[: begins.rfind(b',\n "')] + b"}"
+                content = json.loads(begins) if whole else None
+                if isinstance(content, dict):
+                    types = TYPES | LATER
+                    _check(content, {name: types[name] for name in HEAD}, {})
+                    return {name: content[name] for name in HEAD}
+    except (OSError, ValueError, BadRecord):  # of an earlier version, which has another order, or no record at all
+        pass
+    found = read(file)
+    return {name: getattr(found, name) for name in HEAD}
+
+
 def read_json(file: Path) -> Any:
     """The content of a JSON file.
 
@@ -151,7 +201,7 @@ def read_json(file: Path) -> Any:
         BadRecord: It cannot be read or is no JSON.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return json.loads(files.read_text(file), parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError as error:
         raise BadRecord("nested too deeply") from error
     except (OSError, ValueError) as error:
@@ -166,28 +216,15 @@ def from_plain(content: Any) -> Record:
     """
     if not isinstance(content, dict):
         raise BadRecord("no JSON object")
-    version = content.get("schema_version")
-    if version != SCHEMA_VERSION or type(version) is not int:
-        raise BadRecord(f"schema version {version!r}, this rfloor reads {SCHEMA_VERSION}")
-    for name, kind in (TYPES | LATER).items():
-        if name not in content and name in TYPES:
-            raise BadRecord(f"no {name}")
-        if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool)):
-            raise BadRecord(f"{name} is a {type(content[name]).__name__}")
-    if content["outcome"] not in list(Outcome):
-        raise BadRecord(f"an outcome is one of {', '.join(Outcome)}, not {content['outcome']!r}")
-    if not _is_time(content["started_at"]):
-        raise BadRecord(f"started_at is no ISO 8601 time with a zone: {content['started_at']!r}")
+    _check(content, TYPES, LATER)
     kind_of = content.get("kind", "step")
-    if kind_of not in TIMED:
-        raise BadRecord(f"a record's kind is one of {', '.join(TIMED)}, not {kind_of!r}")
     series = ("step_times_ms", "event_times_ms", "call_times_us", "event_call_times_us")
     times = [time for name in series for time in content.get(name) or []]
     if not all(_is_number(v) for v in [content["wall_s"], *times, *content["metrics"].values()]):
         raise BadRecord("a time or a metric is no finite number")
     if not all(isinstance(warning, str) for warning in content["warnings"]):
         raise BadRecord("a warning is no text")
-    for name in ("device", "versions", "git"):
+    for name in ("device", "versions", "git", "tags"):
         if not isinstance(content["environment"].get(name, {}), dict):
             raise BadRecord(f"environment.{name} is a {type(content['environment'][name]).__name__}")
     if content["outcome"] == Outcome.OK and not content.get(TIMED[kind_of]):
@@ -198,8 +235,43 @@ def from_plain(content: Any) -> Record:
     return Record(**values, study={key: content[key] for key in STUDY_KEYS if key in content})
 
 
+def _check(content: dict[str, Any], needed: Mapping[str, Types], known: Mapping[str, Types]) -> None:
+    """Refuse what no record says of itself.
+
+    Args:
+        content: A record's plain form, or its head.
+        needed: What has to be there, with its types.
+        known: The types of what may be there.
+
+    Raises:
+        BadRecord: Something is missing, or is not what it should be.
+    """
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION or type(version) is not int:
+        raise BadRecord(f"schema version {version!r}, this rfloor reads {SCHEMA_VERSION}")
+    for name, kind in {**needed, **known}.items():
+        if name not in content and name in needed:
+            raise BadRecord(f"no {name}")
+        if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool)):
+            raise BadRecord(f"{name} is a {type(content[name]).__name__}")
+    if content["outcome"] not in list(Outcome):
+        raise BadRecord(f"an outcome is one of {', '.join(Outcome)}, not {content['outcome']!r}")
+    if not _is_time(content["started_at"]):
+        raise BadRecord(f"started_at is no ISO 8601 time with a zone: {content['started_at']!r}")
+    if (kind_of := content.get("kind", "step")) not in TIMED:
+        raise BadRecord(f"a record's kind is one of {', '.join(TIMED)}, not {kind_of!r}")
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    """A number of a JSON file: what a float cannot hold could be read and never be written again."""
+    found = float(text)
+    if math.isinf(found):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return found
 
 
 def _is_number(value: Any) -> bool:
@@ -219,14 +291,24 @@ def _is_time(text: str) -> bool:
 
 def write(record: Record, folder: Path) -> Path:
     """Write a record under `folder` and return its file; a reader never sees half of it."""
-    file = path(folder, record.cell_id, record.sweep_id, record.index)
+    file = path(folder, record.cell_id, record.sweep_id, record.index, record.attempt)
+    faults.disk(faults.RECORD_FULL)
     write_json(file, record.plain())
     return file
 
 
-def path(folder: Path, cell_id: str, sweep_id: str, index: int) -> Path:
+def path(folder: Path, cell_id: str, sweep_id: str, index: int, attempt: int = 1) -> Path:
     """Where a cell's record of one session lies; its log lies beside it with another suffix."""
-    return folder / cell_id / f"{sweep_id}-{index}.json"
+    again = f"-{attempt}" if attempt > 1 else ""
+    return folder / cell_id / f"{sweep_id}-{index}{again}.json"
+
+
+def next_attempt(folder: Path, cell_id: str, sweep_id: str, index: int) -> int:
+    """The number of the first attempt of which there is neither a record nor the log of a killed worker."""
+    attempt = 1
+    while (file := path(folder, cell_id, sweep_id, index, attempt)).exists() or file.with_suffix(".log").exists():
+        attempt += 1
+    return attempt
 
 
 def trace_path(file: Path) -> Path:

@@ -12,12 +12,15 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from registry import faults
 from registry.experiments import applies
-from registry.record import BadRecord, write_json
-from registry.schema import ExperimentConfig, from_plain
+from registry.outcome import BadInput
+from registry.record import BadRecord, read_json, write_json
+from registry.redact import Redactor
+from registry.schema import GROUPS, ExperimentConfig, from_plain
 from registry.stats import CONFIDENCE, RESAMPLES
 
 if TYPE_CHECKING:
@@ -99,7 +102,7 @@ def register(sweep_id: str, ordered: Sequence[tuple[int, Cell]], seed: int) -> l
         ordered: Session and cell, in the order in which they are to run.
         seed: Of that order.
     """
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    now = faults.now().isoformat(timespec="milliseconds")
     names = dict.fromkeys(cell.config.experiment.name for _, cell in ordered if cell.config.experiment.cells)
     found = []
     for name in names:
@@ -108,7 +111,7 @@ def register(sweep_id: str, ordered: Sequence[tuple[int, Cell]], seed: int) -> l
         registration = Registration(
             record_id=f"{sweep_id}-{name}",
             sweep_id=sweep_id,
-            experiment=config.experiment,
+            experiment=from_plain(ExperimentConfig, Redactor().plain(dataclasses.asdict(config.experiment))),
             gpus={cell.config.gpu.name: cell.config.gpu.peak_bandwidth_gbs for _, cell in own},
             sessions=config.protocol.sessions,
             seed=seed,
@@ -120,31 +123,79 @@ def register(sweep_id: str, ordered: Sequence[tuple[int, Cell]], seed: int) -> l
     return found
 
 
+def path(folder: Path, sweep_id: str, name: str) -> Path:
+    """Where the registration of a sweep's experiment lies under the folder of records."""
+    return folder / FOLDER / f"{sweep_id}-{name}.json"
+
+
 def write(registration: Registration, folder: Path) -> Path:
     """Write a registration under the folder of records and return its file."""
-    file = folder / FOLDER / f"{registration.record_id}.json"
+    file = path(folder, registration.sweep_id, registration.experiment.name)
     write_json(file, registration.plain())
     return file
 
 
-def from_json(content: dict[str, Any]) -> Registration:
+def first(registration: Registration, folder: Path) -> Registration:
+    """What was fixed when the sweep first began, which stays; the registration itself if it begins now."""
+    file = path(folder, registration.sweep_id, registration.experiment.name)
+    return from_json(read_json(file)) if file.exists() else registration
+
+
+def check_claims(sweep_id: str, experiment: ExperimentConfig, folder: Path) -> None:
+    """Refuse to go on with an experiment under other thresholds than those with which it began.
+
+    Raises:
+        BadInput: They differ, or what was registered cannot be read.
+    """
+    file = path(folder, sweep_id, experiment.name)
+    if not file.exists():
+        return
+    told = f"experiment={experiment.name} of {sweep_id}"
+    try:
+        began = from_json(read_json(file))
+    except BadRecord as error:
+        raise BadInput(f"{told}: {file} is no registration: {error}; leave out resume=true") from error
+    if any(getattr(began.experiment, key) != getattr(experiment, key) for key in FIXED):
+        raise BadInput(
+            f"{told} was registered at {began.registered_at} with other arms or thresholds ({file}): leave out "
+            "resume=true, and it is an experiment of its own"
+        )
+
+
+def from_json(content: Any) -> Registration:
     """A registration out of its file's content.
 
     Raises:
         BadRecord: It is of another schema, lacks something, or is not what was hashed.
     """
-    plain = dict(content)
+    plain = dict(content) if isinstance(content, dict) else {}
     if (version := plain.pop("schema_version", None)) != SCHEMA_VERSION:
         raise BadRecord(f"schema version {version!r} of a registration, this rfloor reads {SCHEMA_VERSION}")
     plain.pop("kind", None)
     try:
         found = from_plain(Registration, plain)
+        _check(found)
         digest = _digest(plain)  # of what was written: a later version's registration may have more to say
     except (TypeError, ValueError, AttributeError) as error:
         raise BadRecord(f"no registration: {error}") from error
     if digest != found.sha256:
         raise BadRecord("a registration whose hash is not that of its content: it was changed after it was made")
     return found
+
+
+def _check(one: Registration) -> None:
+    """Refuse what no experiment could have been registered with.
+
+    Raises:
+        ValueError: There is some of it.
+    """
+    if datetime.fromisoformat(one.registered_at).tzinfo is None:
+        raise ValueError(f"registered_at has no zone: {one.registered_at!r}")
+    if one.experiment.arms is not None and one.experiment.arms not in GROUPS:
+        raise ValueError(f"experiment.arms is {one.experiment.arms!r}")
+    for cell in one.cells:
+        if not isinstance(cell.get("session"), int) or not isinstance(cell.get("cell_id"), str):
+            raise ValueError("one of its cells has no session or no cell_id")
 
 
 def _digest(content: Mapping[str, Any]) -> str:

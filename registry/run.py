@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
-import select
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 import uuid
-from datetime import UTC, datetime
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry import hardware, metrics
+from registry import faults, hardware, metrics
 from registry import record as records
-from registry.cache import kernel_environment
-from registry.environments import ROOT, interpreter
-from registry.outcome import Outcome
+from registry.child import ask
+from registry.device_lock import alone_on
+from registry.outcome import Outcome, Refused
 from registry.record import Record
+from registry.redact import Redactor, environment_secrets, known_secrets
 from registry.schema import what_is_measured
-from registry.tracking import artifacts
-from registry.worker import STAGES_FD, Request, to_json
+from registry.shown import artifacts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from registry.call import Call
     from registry.plan import Cell
 
 REASON_LIMIT = 1000  # characters; the log beside the record has the rest
-FORCED_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's order: device 0 is the same to both
-CHILD_ENVIRONMENT = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "PYTHONFAULTHANDLER": "1",
-    "PYTHONUNBUFFERED": "1",
-}
+MAKE_ROOM = "Make room there; the same call with resume=true then goes on"
 
 
 def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
@@ -54,7 +37,9 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
         session: In which of the sweep's sessions it is measured.
         call: What it shares with the others.
     """
-    started, clock = datetime.now(UTC), time.monotonic()
+    started, clock = faults.now(), time.monotonic()
+    folder = Path(cell.config.records)
+    hidden = Redactor(environment_secrets(os.environ) | known_secrets(dataclasses.asdict(cell.config)))
     record = Record(
         record_id=uuid.uuid4().hex,
         cell_id=cell.cell_id,
@@ -64,7 +49,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
         label=cell.label,
         started_at=started.isoformat(timespec="milliseconds"),
         wall_s=0.0,
-        config=what_is_measured(cell.config),
+        config=hidden.plain(what_is_measured(cell.config)),
         environment={
             "device": hardware.describe(cell.device),
             "versions": cell.versions,
@@ -72,28 +57,50 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
             "tags": cell.tags,
         },
         kind=cell.config.protocol.measures,
-        experiment=cell.config.experiment.name if cell.config.experiment.cells else "",
+        experiment=cell.experiment,
         session=session,
-        registration=call.registrations.get(cell.config.experiment.name, ""),
+        attempt=records.next_attempt(folder, cell.cell_id, call.sweep_id, index),
+        registration=call.registrations.get(cell.experiment, ""),
     )
-    file = records.path(Path(cell.config.records), cell.cell_id, call.sweep_id, index)
+    file = records.path(folder, cell.cell_id, call.sweep_id, index, record.attempt)
     known = {"cell_id": cell.cell_id, "sweep_id": call.sweep_id, "gpu_name": cell.device.name}
-    run_id = call.tracked(lambda mlflow: mlflow.open(record.record_id, cell.label, record.config, known))
+    run_id = call.tracked(
+        lambda mlflow: mlflow.open(record.record_id, cell.label, record.config, known, record.started_at)
+    )
     if call.interrupted:
         answer = {"outcome": Outcome.INTERRUPTED, "reason": "the sweep was interrupted before this cell"}
     elif cell.refusal:
         answer = dataclasses.asdict(cell.refusal)
     else:
-        answer = _ask_worker(cell, file, call)
+        answer = _measured(cell, file, call, hidden)
     record.outcome = Outcome(answer.pop("outcome"))
     record.reason, record.remedy = (_sentence(answer.pop(key, "")) for key in ("reason", "remedy"))
     if record.outcome is Outcome.OK:
         record = _filled(record, cell, answer)
     record.wall_s = round(time.monotonic() - clock, 3)
-    records.write(record, Path(cell.config.records))
-    call.interrupted |= record.outcome is Outcome.INTERRUPTED
+    clean = Record(**hidden.plain(vars(record)))
+    record = _kept(clean, folder)
+    call.interrupted |= record is not clean or record.outcome is Outcome.INTERRUPTED
     if run_id:
         call.tracked(lambda mlflow: mlflow.close(run_id, record, artifacts(file)))
+    return record
+
+
+def _kept(record: Record, folder: Path) -> Record:
+    """Write the record and return it; where it cannot be written, one without figures that says so.
+
+    A measurement without a record is none: nothing may stand in MLflow that no file proves.
+    """
+    try:
+        records.write(record, folder)
+    except OSError as error:
+        if record.outcome is Outcome.INTERRUPTED:
+            return record
+        reason = f"its record cannot be written: {error}"
+        return dataclasses.replace(
+            record, outcome=Outcome.CRASH, reason=_sentence(reason), remedy=MAKE_ROOM, metrics={}, step_times_ms=[],
+            event_times_ms=None, call_times_us=[], event_call_times_us=None, measured={}, study={}, warnings=[],
+        )  # fmt: skip
     return record
 
 
@@ -133,120 +140,16 @@ def fill(record: Record, cell: Cell, measured: dict[str, Any]) -> None:
     record.measured = measured
 
 
-def _ask_worker(cell: Cell, file: Path, call: Call) -> dict[str, Any]:
-    """Run the child process and take its answer, or make one out of how it ended; its log lies beside the record."""
-    log = file.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="rfloor-") as folder, log.open("wb") as output:
-        question, answer, trace = (Path(folder, name) for name in ("request.json", "answer.json", "trace.json.gz"))
-        request = Request(cell.config, cell.device.kind, cell.targets, cell.mean_context, str(trace))
-        question.write_text(to_json(request), encoding="utf-8")
-        read_end, write_end = os.pipe()
-        try:
-            child = subprocess.Popen(
-                [_interpreter(cell), "-m", "registry.worker", str(question), str(answer)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=(write_end,),
-                start_new_session=True,
-                env=_environment(cell) | {STAGES_FD: str(write_end)},
-            )
-        finally:
-            os.close(write_end)
-        try:
-            with call.listen():
-                finished = _wait(child, read_end, cell.config.protocol.timeout_s, call.stage)
-        except KeyboardInterrupt:
-            return {"outcome": Outcome.INTERRUPTED, "reason": "interrupted by the user"}
-        finally:
-            os.close(read_end)
-            _kill(child)
-        if not finished:
-            return {
-                "outcome": Outcome.TIMEOUT,
-                "reason": f"not done after {cell.config.protocol.timeout_s:g} s",
-                "remedy": "Give protocol.timeout_s=... more seconds",
-            }
-        if answer.exists():
-            content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-            if trace.exists():
-                with contextlib.suppress(OSError):  # a trace for which there is no room costs no figures
-                    shutil.move(trace, records.trace_path(file))
-            return content
-        return _died(child.returncode, log)
-
-
-def _environment(cell: Cell) -> dict[str, str]:
-    """A worker's environment: what rfloor suggests, over it the user's, over that what has to be."""
-    found = (
-        CHILD_ENVIRONMENT
-        | kernel_environment(cell.config.cache, cell.versions)
-        | dict(os.environ)
-        | FORCED_ENVIRONMENT
-    )
-    beside = str(Path(_interpreter(cell)).parent)  # where pip puts ninja, by which kernels are compiled
-    found["PATH"] = os.pathsep.join(filter(None, [beside, found.get("PATH")]))
-    return found | {"PYTHONPATH": str(ROOT)} if cell.environment else found  # of ours its interpreter sees the code
-
-
-def _interpreter(cell: Cell) -> str:
-    return str(interpreter(cell.environment)) if cell.environment else sys.executable
-
-
-def _wait(child: subprocess.Popen[bytes], stages: int, timeout_s: float, stage: Callable[[str], None]) -> bool:
-    """Sleep until the child ends, passing on what it begins; false once the time is over.
-
-    The parent sleeps in poll(2) and wakes for the child's own messages alone, of which there is none
-    inside a timed window.
-    """
-    deadline = time.monotonic() + timeout_s
-    process = os.pidfd_open(child.pid)
-    poller = select.poll()
-    poller.register(process, select.POLLIN)
-    poller.register(stages, select.POLLIN)
+def _measured(cell: Cell, file: Path, call: Call, hidden: Redactor) -> dict[str, Any]:
+    """What a worker says of a cell, which has the device to itself."""
     try:
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            for descriptor, _ in poller.poll(left * 1000):
-                if descriptor == process:
-                    child.wait()
-                    return True
-                told = os.read(stages, 4096).decode(errors="replace")
-                if not told:
-                    poller.unregister(stages)
-                for name in told.splitlines():
-                    stage(name)
-    finally:
-        os.close(process)
-
-
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    """End the child's whole process group, whether or not it is still there."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-def _died(returncode: int, log: Path) -> dict[str, Any]:
-    """What a child that left no answer died of."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    lines = [line for line in text.splitlines() if line.strip()]
-    last = f"; its last words: {lines[-1][:300]}" if lines else ""
-    if "Fatal Python error" in text:  # faulthandler's dump: its first frame says more than its last line
-        frames = (line.strip() for line in text.rpartition("Fatal Python error")[2].splitlines())
-        last = next((f"; it was in {frame}" for frame in frames if frame.startswith("File ")), last)
-    if returncode >= 0:
-        return {
-            "outcome": Outcome.CRASH,
-            "reason": f"the worker ended with code {returncode} and no answer{last}",
-        }
-    name = signal.Signals(-returncode).name
-    hint = " (the kernel's way when memory runs out: see dmesg)" if name == "SIGKILL" else ""
-    return {
-        "outcome": Outcome.CRASH,
-        "reason": f"the worker was killed by {name}{hint}{last}",
-        "remedy": f"See {log}",
-    }
+        with ExitStack() as stack:
+            with call.listen():
+                held = stack.enter_context(alone_on(cell.device, cell.config.on_busy, call.stage))
+            return ask(cell, file, call, hidden, () if held is None else (held,))
+    except KeyboardInterrupt:
+        return {"outcome": Outcome.INTERRUPTED, "reason": "interrupted by the user"}
+    except Refused as refused:
+        return dataclasses.asdict(refused.refusal)
+    except OSError as error:  # no room, no process, no permission
+        return {"outcome": Outcome.CRASH, "reason": f"no worker could be started: {error}"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -214,15 +215,31 @@ class Config:
     context: int | None = None
     records: str = "records"
     dry_run: bool = False
+    resume: bool = False
+    on_busy: str = "wait"
     sweep_id: str | None = None
     session: int = 0
+    place: int = 0
     registration: str | None = None
 
 
 GROUPS = ("model", "gpu", "backend", "quant", "attention", "execution", "protocol", "experiment", "tracking")
 """The config groups, in the order in which a cell is told."""
 
-WHERE_TO = ("tracking", "cache", "context", "records", "dry_run", "sweep_id", "session", "registration", "experiment")
+WHERE_TO = (
+    "tracking",
+    "cache",
+    "context",
+    "records",
+    "dry_run",
+    "resume",
+    "on_busy",
+    "sweep_id",
+    "session",
+    "place",
+    "registration",
+    "experiment",
+)
 """Keys of a `Config` that say where a cell's runs go and who asks for it: not what is measured."""
 
 UNTIMED = ("timeout_s", "profiled_steps")
@@ -252,23 +269,45 @@ def what_decides(plain: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def from_plain(cls: type[T], data: Any) -> T:
+def from_plain(cls: type[T], data: Any, where: str = "") -> T:
     """Rebuild a dataclass, and the dataclasses inside it, from what `dataclasses.asdict` made of it.
 
     Args:
         cls: The dataclass.
         data: Its plain form, as read back from JSON.
+        where: The key under which it stands, and a full stop, for messages.
 
     Raises:
-        TypeError: A field is unknown to `cls`, or one without a default is missing.
+        TypeError: A field is unknown to `cls` or of another type, or one without a default is missing.
     """
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _typed(hints.get(name), value) for name, value in data.items()})
+    kind: Any = cls  # mypy takes no type for hashable
+    hints = _hints(kind)
+    found = cls(**{name: _typed(hints.get(name, Any), value, f"{where}{name}") for name, value in data.items()})
+    for name in hints:
+        if getattr(found, name) == MISSING:
+            raise TypeError(f"no {where}{name}")
+    return found
 
 
-def _typed(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return from_plain(hint, value)
-    if isinstance(value, list) and typing.get_origin(hint) is list:
-        return [_typed(typing.get_args(hint)[0], one) for one in value]
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """A value that is what its hint says, and the dataclasses in it rebuilt."""
+    if hint is Any or (value is None and type(None) in typing.get_args(hint)):
+        return value
+    if type(None) in typing.get_args(hint):
+        [hint] = [one for one in typing.get_args(hint) if one is not type(None)]
+    inner, kind = typing.get_args(hint), typing.get_origin(hint) or hint
+    if isinstance(value, dict) and dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_plain(hint, value, f"{where}.")
+    wrong = not isinstance(value, (int, float) if kind is float else kind)
+    if wrong or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{where} is a {type(value).__name__}")
+    if isinstance(value, list):
+        return [_typed(inner[0], one, f"{where}.{place}") for place, one in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: _typed(inner[1], one, f"{where}.{key}") for key, one in value.items()}
     return value

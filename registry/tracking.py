@@ -6,76 +6,35 @@ MLflow shows can always be rebuilt from the records by `rfloor import`.
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
+import re
 import tempfile
-from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from registry import logs
 from registry import record as records
-from registry.archive import everything_in
-from registry.kernels import short
-from registry.outcome import BadInput, Outcome, Refusal, nearest
+from registry.mlflow_client import TrackingDown, opened
+from registry.outcome import BadInput, nearest
+from registry.process import has_ended, this_process
+from registry.record import Record
+from registry.redact import Redactor, environment_secrets, known_secrets, redact
 from registry.registration import HASH_TAG, KIND, Registration
-from registry.validate import SERVERS, redact
+from registry.shown import NAME_LIMIT, PARAM_LIMIT, REGISTRATION, STATUS, TAG_LIMIT, VIEW, flatten, saved_view, tags
+from registry.validate import SERVERS, sqlite_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-    from registry.record import Record
     from registry.schema import TrackingConfig
 
 T = TypeVar("T")
 RECORD_TAG = "rfloor.record_id"
-STATUS = {
-    Outcome.OK: "FINISHED",
-    Outcome.OOM: "FINISHED",
-    Outcome.UNSUPPORTED: "FINISHED",
-    Outcome.INTERRUPTED: "KILLED",
-}
-"""MLflow's run status for an outcome; every other one is FAILED."""
-PARAM_LIMIT = 6000  # characters of one parameter that MLflow's databases hold
-TAG_LIMIT = 8000
-NAME_LIMIT = 250
-RECORD = "cell.json"
-"""The artifact of a cell's run that is its record."""
-REGISTRATION = "registration.json"
-"""The artifact of an experiment's run that holds what was fixed beforehand."""
-VIEW = "rfloor"
-"""Key and name of the saved view that an experiment of ours has in MLflow's UI: the axes beside the figures,
-where the UI alone would show neither."""
-VIEW_COLUMNS = {
-    "params.quant.name": 90,
-    "params.attention.name": 110,
-    "params.execution.name": 110,
-    "metrics.median_tpot_ms": 120,
-    "metrics.r_floor": 80,
-    "metrics.mbu": 80,
-    "metrics.mbu_attainable": 120,
-    "metrics.tokens_per_s": 110,
-    "metrics.floor_ms": 80,
-    "metrics.peak_memory_gb": 130,
-    "tags.outcome": 100,
-    "tags.experiment": 110,
-    "tags.kernels": 260,
-    "params.protocol.context": 120,
-    "params.backend.name": 100,
-    "params.model.name": 110,
-    "params.gpu.name": 90,
-}
-"""Columns of the view in order, and their widths in pixels; a run's name begins with its quant and execution."""
-QUIET_CLIENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # no background thread beside a timed child
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is down is told in seconds, not in minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
-
-
-class TrackingDown(Exception):
-    """MLflow could not be reached or did not take a run; the record is safe on disk."""
+PROCESS_TAG = "rfloor.process"
+"""The process that opened a run and is to close it."""
+LEFT = "the process that measured this was killed; if its record lies on disk, rfloor import completes the run"
 
 
 class Tracker:
@@ -95,23 +54,13 @@ class Tracker:
             raise BadInput(
                 f"tracking.uri={redact(config.uri)}: there is no {file}; nothing was measured or imported there"
             )
-        for name, value in QUIET_CLIENT.items():
-            os.environ.setdefault(name, value)
-        import logging
-
-        try:
-            from mlflow.tracking import MlflowClient
-        except ImportError as error:
-            raise TrackingDown(f"mlflow cannot be imported: {error}") from error
-
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what fails is raised, and told once
-        self.uri = config.uri
-        self._client = _guard(MlflowClient, config.uri)
-        found = _guard(self._find_experiment, config, create=not reading)
+        self._secrets = environment_secrets(os.environ)
+        self.keep_secret(known_secrets({"uri": config.uri}))
+        with opened(config.uri) as patient:
+            self._client, self._ask = patient.client, patient.ask
+            found = self._ask(self._find_experiment, config, create=not reading)
         if found is None:
-            known = [one.name for one in _guard(self._client.search_experiments)]
+            known = [one.name for one in self._ask(self._client.search_experiments)]
             raise BadInput(
                 f"MLflow has no experiment called {config.experiment!r}: {nearest(config.experiment, known)}"
             )
@@ -135,13 +84,18 @@ class Tracker:
             folder = config.artifacts
             location = folder if "://" in folder else Path(folder).absolute().as_uri()
         try:
-            created = self._client.create_experiment(config.experiment, location, tags=_saved_view())
+            created = self._client.create_experiment(config.experiment, location, tags=saved_view())
         except MlflowException:  # another process was faster, or it is a real error that will come again
             found = self._client.get_experiment_by_name(config.experiment)
             if found is None:
                 raise
             created = found.experiment_id
         return str(created)
+
+    def keep_secret(self, known: set[str]) -> None:
+        """Hide these, too, in what is logged from now on."""
+        self._secrets |= known
+        self._hidden = Redactor(self._secrets)
 
     @property
     def page(self) -> str:
@@ -171,15 +125,32 @@ class Tracker:
         Raises:
             TrackingDown: See the class.
         """
-        run = _guard(
-            self._client.create_run,
-            self._experiment,
-            start_time=_milliseconds(started_at) if started_at else None,
-            run_name=label[:NAME_LIMIT],
-            tags={RECORD_TAG: record_id, **tags},
+        start = _milliseconds(started_at) if started_at else None
+        run_id = self._create_run(
+            record_id, start_time=start, run_name=self._hidden.text(label)[:NAME_LIMIT], tags=tags
         )
-        self.log_params(run.info.run_id, config)
-        return str(run.info.run_id)
+        self.log_params(run_id, config)
+        return run_id
+
+    def _create_run(self, record_id: str, tags: Mapping[str, str], **run: Any) -> str:
+        """Make a record's run, and only one however often MLflow has to be asked.
+
+        Of all calls this one alone adds something each time it is made, and may have done so although its answer was
+        lost. Hence whoever asks again looks first, and MLflow's client, which does not, never asks again itself. What
+        remains is a server that makes the run after it was looked at.
+        """
+        attempts = itertools.count()
+        tags = {RECORD_TAG: record_id, PROCESS_TAG: this_process(), **self._hidden.plain(tags)}
+
+        def create() -> str:
+            if next(attempts):
+                for made in self._client.search_runs([self._experiment], filter_string=_of(record_id)):
+                    if made.data.tags.get(RECORD_TAG) == record_id:
+                        return str(made.info.run_id)
+            made = self._client.create_run(self._experiment, tags=tags, **run)
+            return str(made.info.run_id)
+
+        return str(self._ask(create))
 
     def log_params(self, run_id: str, config: Mapping[str, Any]) -> None:
         """Log the leaves of a configuration; those that the run has already stay as they are.
@@ -189,21 +160,20 @@ class Tracker:
         """
         from mlflow.entities import Param
 
-        leaves = dict(flatten(config))
+        leaves = dict(flatten(self._hidden.plain(config)))
         params = [
             Param(key, value[:PARAM_LIMIT])
             for key, value in leaves.items()
             # Of the parameters that differ the UI compares three unasked; a plugin under its own name is no news.
             if not (key.endswith(".plugin") and value == leaves.get(f"{key.removesuffix('plugin')}name"))
         ]
-        _guard(self._client.log_batch, run_id, params=params)
+        self._ask(self._client.log_batch, run_id, params=params)
 
-    def open_experiment(self, registration: Registration, file: Path) -> str:
-        """Start the run of an experiment, with what was registered of it; its cells have runs of their own.
+    def open_experiment(self, registration: Registration) -> str:
+        """Start the run of an experiment; its cells have runs of their own.
 
         Args:
             registration: What was fixed beforehand.
-            file: Where it lies.
 
         Returns:
             The run's id.
@@ -212,9 +182,15 @@ class Tracker:
             TrackingDown: See the class.
         """
         name = f"experiment {registration.experiment.name}"
-        run_id = self.open(registration.record_id, name, {}, registration.tags(), registration.registered_at)
-        _guard(self._log_artifact, run_id, REGISTRATION, file)
-        return run_id
+        return self.open(registration.record_id, name, {}, registration.tags(), registration.registered_at)
+
+    def log_registration(self, run_id: str, file: Path) -> None:
+        """Log the file of what was registered to its experiment's run.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        self._ask(self._log_artifact, run_id, REGISTRATION, file)
 
     def tell_experiment(self, run_id: str, verdicts: Sequence[str], files: Sequence[Path], place: str = "") -> None:
         """Log an experiment's verdicts and report.
@@ -229,9 +205,9 @@ class Tracker:
             TrackingDown: See the class.
         """
         if verdicts:
-            _guard(self._client.set_tag, run_id, "verdict", "\n".join(verdicts)[:TAG_LIMIT])
+            self._ask(self._client.set_tag, run_id, "verdict", self._hidden.text("\n".join(verdicts))[:TAG_LIMIT])
         for file in files:
-            _guard(self._log_artifact, run_id, file.name, file, place)
+            self._ask(self._log_artifact, run_id, file.name, file, place)
 
     def close_experiment(self, run_id: str, verdicts: Sequence[str], files: Sequence[Path]) -> None:
         """Log an experiment's verdicts and report, and end its run.
@@ -240,7 +216,7 @@ class Tracker:
             TrackingDown: See the class.
         """
         self.tell_experiment(run_id, verdicts, files)
-        _guard(self._client.set_terminated, run_id, status="FINISHED")
+        self._ask(self._client.set_terminated, run_id, status="FINISHED")
 
     def complete_experiment(self, run_id: str, file: Path) -> bool:
         """Log a registration to its run where that is missing, and end the run; whether anything was missing.
@@ -248,12 +224,12 @@ class Tracker:
         Raises:
             TrackingDown: See the class.
         """
-        ended = _guard(self._client.get_run, run_id).info.status != "RUNNING"
-        there = {artifact.path for artifact in _guard(self._client.list_artifacts, run_id)}
+        ended = self._ask(self._client.get_run, run_id).info.status != "RUNNING"
+        there = {artifact.path for artifact in self._ask(self._client.list_artifacts, run_id)}
         if REGISTRATION not in there:
-            _guard(self._log_artifact, run_id, REGISTRATION, file)
+            self._ask(self._log_artifact, run_id, REGISTRATION, file)
         if not ended:
-            _guard(self._client.set_terminated, run_id, status="FINISHED")
+            self._ask(self._client.set_terminated, run_id, status="FINISHED")
         return not ended or REGISTRATION not in there
 
     def close(self, run_id: str, record: Record, files: Mapping[str, Path]) -> None:
@@ -271,11 +247,12 @@ class Tracker:
         """
         from mlflow.entities import Metric, RunTag
 
+        record = Record(**self._hidden.plain(vars(record)))
         end = _milliseconds(record.started_at) + round(record.wall_s * 1000)
         metrics = [Metric(name, float(value), end, 0) for name, value in record.metrics.items()]
         for name, times in (("step_time_ms", record.step_times_ms), ("call_time_us", record.call_times_us)):
             metrics += [Metric(name, float(time), end, place) for place, time in enumerate(times)]
-        _guard(
+        self._ask(
             self._client.log_batch,
             run_id,
             metrics=metrics,
@@ -283,28 +260,58 @@ class Tracker:
         )
         for name, file in files.items():
             if file.exists():
-                _guard(self._log_artifact, run_id, name, file)
-        _guard(self._client.log_dict, run_id, record.config, "config.yaml")
+                self._ask(self._log_artifact, run_id, name, file)
+        self._ask(self._client.log_dict, run_id, record.config, "config.yaml")
         status = STATUS.get(record.outcome, "FAILED")
-        _guard(self._client.set_terminated, run_id, status=status, end_time=end)
+        self._ask(self._client.set_terminated, run_id, status=status, end_time=end)
 
-    def _log_artifact(self, run_id: str, name: str, file: Path, place: str = "") -> None:
-        """Log a file under another name, byte by byte and however large."""
-        with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
-            link = Path(folder, name)
-            link.symlink_to(file.absolute())
-            self._client.log_artifact(run_id, str(link), place or None)
+    def _log_artifact(self, run_id: str, name: str, file: Path, folder: str = "") -> None:
+        """Log a file under another name, byte by byte and however large, but for secrets that others left in it."""
+        with tempfile.TemporaryDirectory(prefix="rfloor-") as temporary:
+            place = Path(temporary, name)
+            content = records.read_json(file) if file.suffix == ".json" else None
+            if file.suffix == ".log":
+                logs.clean(file, place, self._hidden)
+            elif (kept := self._hidden.plain(content)) != content:
+                records.write_json(place, kept)
+            else:
+                place.symlink_to(file.absolute())
+            self._client.log_artifact(run_id, str(place), folder or None)
 
-    def known(self) -> dict[str, tuple[str, bool]]:
-        """Every run of the experiment by its record: run id, and whether it is complete."""
-        return {
-            run.data.tags[RECORD_TAG]: (
-                run.info.run_id,
-                run.info.status != "RUNNING" and ("outcome" in run.data.tags or run.data.tags.get("kind") == KIND),
-            )
-            for run in self._runs()
-            if RECORD_TAG in run.data.tags
-        }
+    def close_left(self) -> int:
+        """End the runs that killed processes left running, as KILLED, and return how many there were.
+
+        They get no outcome: an import may still find their records.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        left = [
+            run.info.run_id
+            for run in self._runs("attributes.status = 'RUNNING'")
+            if has_ended(run.data.tags.get(PROCESS_TAG, ""))
+        ]
+        for run_id in left:
+            self._ask(self._client.set_tag, run_id, "reason", LEFT)
+            self._ask(self._client.set_terminated, run_id, status="KILLED")
+        return len(left)
+
+    def known(self, record_id: str = "") -> dict[str, tuple[str, bool]]:
+        """Runs of the experiment by their record: run id, and whether it is complete.
+
+        Args:
+            record_id: Of the record that is asked for; empty for all.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        found: dict[str, tuple[str, bool]] = {}
+        for run in self._runs(_of(record_id) if record_id else ""):
+            tags = run.data.tags
+            complete = run.info.status != "RUNNING" and ("outcome" in tags or tags.get("kind") == KIND)
+            if RECORD_TAG in tags and (complete or tags[RECORD_TAG] not in found):
+                found[tags[RECORD_TAG]] = (run.info.run_id, complete)
+        return found
 
     def recorded(
         self, name: str, read: Callable[[Any], T], experiment: str = "", sweeps: Collection[str] = ()
@@ -349,16 +356,16 @@ class Tracker:
             BadRecord: MLflow answers, and the run has none.
         """
         try:
-            return Path(_guard(self._client.download_artifacts, run_id, name, folder))
-        except TrackingDown:
-            if name not in {artifact.path for artifact in _guard(self._client.list_artifacts, run_id)}:
+            return Path(self._client.download_artifacts(run_id, name, folder))
+        except Exception:  # of many kinds, and of the same for what is not there and for what cannot be had now
+            if name not in {artifact.path for artifact in self._ask(self._client.list_artifacts, run_id)}:
                 raise records.BadRecord("the run has no such artifact") from None
-            raise
+        return Path(self._ask(self._client.download_artifacts, run_id, name, folder))
 
     def _runs(self, where: str = "") -> Iterator[Any]:
         token = None
         while True:
-            page = _guard(
+            page = self._ask(
                 self._client.search_runs, [self._experiment], filter_string=where, max_results=1000, page_token=token
             )
             yield from page
@@ -367,123 +374,16 @@ class Tracker:
                 return
 
 
-def tags(record: Record) -> dict[str, str]:
-    """A run's tags: outcome, identity, device, commit, versions."""
-    environment = record.environment
-    device, git = environment.get("device", {}), environment.get("git", {})
-    found = {
-        "outcome": record.outcome.value,
-        "reason": record.reason,
-        "remedy": record.remedy,
-        "warnings": "; ".join(record.warnings),
-        "mlflow.note.content": _description(record),
-        "cell_id": record.cell_id,
-        "sweep_id": record.sweep_id,
-        "experiment": record.experiment,
-        "session": record.session or ("0" if record.experiment else ""),
-        HASH_TAG: record.registration,
-        "gpu_name": device.get("name", ""),
-        "driver": device.get("driver", ""),
-        "git_commit": git.get("commit", ""),
-        "git_dirty": git.get("dirty", ""),
-        "kernels": ", ".join(f"{name} x{n}" for name, n in short(record.measured.get("kernels", {})).items()),
-        **environment.get("tags", {}),
-        **{f"version.{name}": version for name, version in environment.get("versions", {}).items()},
-    }
-    return {key: str(value)[:TAG_LIMIT] for key, value in found.items() if value}
+def _missing_database(uri: str) -> Path | None:
+    """The SQLite file of a tracking URI that is not there, which MLflow would make."""
+    file = sqlite_file(uri)
+    return file if file and not file.exists() else None
 
 
-def _description(record: Record) -> str:
-    """What the UI shows as a run's description: why it was not measured, or what weakens it."""
-    why = [f"**{record.outcome.value}**: {Refusal(record.outcome, record.reason, record.remedy)}"]
-    return "\n".join([*(why if record.reason else []), *(f"- {warning}" for warning in record.warnings)])
-
-
-def _saved_view() -> dict[str, str]:
-    """The tag that MLflow's UI would write if somebody chose the columns and saved them as a view."""
-    widths = {f"{column.replace('.', '.`', 1)}`": width for column, width in VIEW_COLUMNS.items()}
-    state = {
-        "selectedColumns": [*widths],
-        "columnOrder": ["attributes.`Run Name`", "runDateAndNestInfo", *widths],
-        "columnWidths": widths,
-    }
-    view = {"name": VIEW, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)}
-    return {f"mlflow.sharedViewState.{VIEW}": json.dumps(view)}
+def _of(record_id: str) -> str:
+    """A filter for the runs of a record; for all, where its name has no place in one."""
+    return f"tags.`{RECORD_TAG}` = '{record_id}'" if re.fullmatch(r"[\w.-]+", record_id) else ""
 
 
 def _milliseconds(moment: str) -> int:
     return round(datetime.fromisoformat(moment).timestamp() * 1000)
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of a nested configuration as dotted names and text; empty ones are left out."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        elif value is not None and value != []:
-            yield prefix + key, str(value)
-
-
-def artifacts(file: Path) -> dict[str, Path]:
-    """What a run keeps beside its figures, given where its record lies."""
-    return {RECORD: file, "worker.log": file.with_suffix(".log"), "trace.json.gz": records.trace_path(file)}
-
-
-def import_records(folder: Path, config: TrackingConfig) -> tuple[Counter[str], list[str]]:
-    """Log every record under `folder` that MLflow does not have yet; complete the runs that were cut off.
-
-    Args:
-        folder: Searched with its subfolders.
-        config: Where MLflow is.
-
-    Returns:
-        How many records were `imported`, `completed` and `present` already, and a line for each file that is
-        no record.
-
-    Raises:
-        TrackingDown: MLflow cannot be reached.
-    """
-    tracker = Tracker(config)
-    known = tracker.known()
-    counts: Counter[str] = Counter()
-    everything, problems = everything_in(folder)
-    for file, found in everything:
-        run_id, complete = known.get(found.record_id, ("", False))
-        if run_id and isinstance(found, Registration):
-            complete = not tracker.complete_experiment(run_id, file)
-        if complete:
-            counts["present"] += 1
-            continue
-        counts["completed" if run_id else "imported"] += 1
-        if not isinstance(found, Registration):
-            run_id = _import(tracker, found, run_id, file)
-        elif not run_id:
-            run_id = tracker.open_experiment(found, file)
-            tracker.close_experiment(run_id, (), ())
-        known[found.record_id] = (run_id, True)
-    return counts, problems
-
-
-def _import(tracker: Tracker, found: Record, run_id: str, file: Path) -> str:
-    """Log what MLflow lacks of a record; its run's id."""
-    if run_id:
-        tracker.log_params(run_id, found.config)
-    else:
-        run_id = tracker.open(found.record_id, found.label, found.config, tags(found), found.started_at)
-    tracker.close(run_id, found, artifacts(file))
-    return run_id
-
-
-def _missing_database(uri: str) -> str:
-    """The SQLite file of a tracking URI that is not there, which MLflow would make."""
-    name = uri.partition(":///")[2].partition("?")[0] if uri.startswith("sqlite") else ""
-    return name if name and not Path(name).exists() else ""
-
-
-def _guard(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """Call MLflow; whatever it raises becomes `TrackingDown` with the first line of the cause."""
-    try:
-        return call(*arguments, **keywords)
-    except Exception as error:
-        first = redact(str(error).splitlines()[0]) if str(error) else type(error).__name__
-        raise TrackingDown(first) from error

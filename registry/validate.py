@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from registry.device_lock import ON_BUSY
 from registry.outcome import BadInput, nearest
+from registry.redact import redact
 from registry.schema import COMPILE_MODES, GROUPS
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ its output projection one too, which is another architecture and another number 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVERS = ("http", "https")
 SQLITE_MAGIC = b"SQLite format 3\x00"
+TARGET = "_target_"
+"""The key under which Hydra looks for what it is to call."""
 LARGEST = 2**63 - 1
 """Of any whole number: what a 64-bit register holds."""
 LONGEST_S = 2_000_000
@@ -54,10 +58,11 @@ def validate(config: Config) -> None:
     Raises:
         BadInput: Every problem found, in one message.
     """
-    problems = [*_numbers(dataclasses.asdict(config))]
+    plain = dataclasses.asdict(config)
+    problems = [*map(naming_code, targets(plain)), *_numbers(plain)]
     if not problems:  # what is no number lies in no range
         problems += [*_model(config), *_gpu(config.gpu), *_protocol(config), *_choices(config), *_experiment(config)]
-    problems += _tracking(config.tracking)
+    problems += [*_names(config), *_tracking(config.tracking)]
     if problems:
         raise BadInput("; ".join(problems))
 
@@ -76,6 +81,22 @@ def validate_profile(gpu: GpuConfig) -> None:
         )
     if problems:
         raise BadInput("; ".join(problems))
+
+
+def naming_code(key: str) -> str:
+    """Why a key may not hold what Hydra would call."""
+    return f"{key}: a configuration is data, it cannot name code to call ({TARGET})"
+
+
+def targets(value: Any, key: str = "") -> Iterator[str]:
+    """The keys under which a plain value holds what Hydra would call."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            below = f"{key}.{name}" if key else str(name)
+            yield from (below,) if name == TARGET else targets(inner, below)
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from targets(inner, f"{key}.{place}")
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[str]:
@@ -181,6 +202,7 @@ def _choices(config: Config) -> Iterator[str]:
     for key, value, known in (
         ("execution.launch", config.execution.launch, EXECUTIONS),
         ("execution.cache", config.execution.cache, CACHES),
+        ("on_busy", config.on_busy, ON_BUSY),
     ):
         if value not in known:
             yield f"{key}={value}: {nearest(value, known)}"
@@ -243,6 +265,14 @@ def _refusal(place: Path) -> str:
     return ""
 
 
+def _names(config: Config) -> Iterator[str]:
+    """Names are in labels, tables and MLflow's lists."""
+    names = {f"{group}.name": getattr(config, group).name for group in GROUPS}
+    for key, name in {**names, "tracking.experiment": config.tracking.experiment}.items():
+        if (told := redact(name)) != name:
+            yield f"{key}={told}: looks like a secret, and is shown everywhere"
+
+
 def _tracking(tracking: TrackingConfig) -> Iterator[str]:
     uri = redact(tracking.uri)
     scheme = re.split(r"[+:]", tracking.uri, maxsplit=1)[0] if "://" in tracking.uri else ""
@@ -252,12 +282,17 @@ def _tracking(tracking: TrackingConfig) -> Iterator[str]:
             f"{', '.join(f'{s}://' for s in (*DATABASES, *SERVERS))}; did you mean sqlite:///mlflow.db?"
         )
     elif scheme == "sqlite":
-        yield from _sqlite(tracking.uri.partition(":///")[2].partition("?")[0], uri)
+        yield from _sqlite(_sqlite_path(tracking.uri), uri)
     else:
         yield from _address(tracking.uri, scheme in SERVERS)
     if not tracking.experiment.strip():
         yield "tracking.experiment is empty: name one"
-    if tracking.artifacts and "://" not in tracking.artifacts:
+    if tracking.artifacts and (told := redact(tracking.artifacts)) != tracking.artifacts:
+        yield (
+            f"tracking.artifacts={told}: MLflow would store the password with every run; give it in the environment, "
+            "in the variables of the store's own client"
+        )
+    elif tracking.artifacts and "://" not in tracking.artifacts:
         yield from _folder("tracking.artifacts", tracking.artifacts)
 
 
@@ -279,6 +314,15 @@ def _address(uri: str, server: bool) -> Iterator[str]:
         yield f"{told}: a server's address ends before its ? or #"
 
 
+def sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite database, `None` where the address is that of something else."""
+    return Path(_sqlite_path(uri)) if uri.startswith("sqlite") else None
+
+
+def _sqlite_path(uri: str) -> str:
+    return uri.partition(":///")[2].partition("?")[0]
+
+
 def _sqlite(name: str, uri: str) -> Iterator[str]:
     told, file = f"tracking.uri={uri}", Path(name)
     try:
@@ -295,12 +339,3 @@ def _sqlite(name: str, uri: str) -> Iterator[str]:
                     yield f"{told}: {file} is no SQLite database"
     except (OSError, ValueError) as error:
         yield f"{told}: {error}"
-
-
-def redact(text: str) -> str:
-    """`text` without the passwords and tokens of the addresses in it.
-
-    What stands before the last @ of an address goes, whether or not its slashes are escaped.
-    """
-    text = re.sub(r"//\S*@", "//***@", text)
-    return re.sub(r"([?&][^=&\s]*(?:pass|pwd|token|secret|key)[^=&\s]*=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)

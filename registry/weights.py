@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from registry import files
 from registry.architecture import CONFIG_JSON_NAMES
 from registry.checkpoint import INDEX, CheckpointFormat, model_tensors
 from registry.outcome import BadInput, Outcome, Refused
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from registry.architecture import Architecture
 
 RANDOM = "random"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Ends of names of weights that torch pickled."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -306,10 +309,12 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with files.opened(file):  # or a pipe would be waited for
+            pass
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
             return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:  # the last: no room to map it
         raise BadInput(f"{file} is truncated or no safetensors file: {error}") from error
 
 
@@ -321,13 +326,18 @@ def _shards(folder: Path) -> list[Path]:
         if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
             raise BadInput(f"{index} does not list files of its own folder")
         names = sorted(set(files))
-        missing = [name for name in names if not (folder / name).is_file()]
+        try:
+            missing = [name for name in names if not (folder / name).is_file()]
+        except OSError as error:  # of a name too long
+            raise BadInput(f"{index} does not list files of its own folder: {error.strerror}") from error
         if missing:
             raise BadInput(f"{folder} lacks {', '.join(missing)}, which {INDEX} lists")
         return [folder / name for name in names]
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise BadInput(f"{folder} holds no *.safetensors file; rfloor loads no other kind")
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+        why = f": {', '.join(pickled[:3])} would run what is pickled in it" if pickled else ""
+        raise BadInput(f"{folder} holds no *.safetensors file; rfloor loads no other kind{why}")
     return shards
 
 
@@ -349,7 +359,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(files.read_text(file))
     except FileNotFoundError as error:
         raise BadInput(
             f"{file.parent} has no {file.name}; a model folder has one beside its *.safetensors"

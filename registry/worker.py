@@ -1,10 +1,10 @@
 """The child process of one cell: load, check, measure, answer with one JSON file.
 
-    python -m registry.worker REQUEST ANSWER
+    python -m registry.worker ANSWER < REQUEST
 
-REQUEST is the JSON of a `Request`; what begins is told, a line each, on the file descriptor that the
-environment names in RFLOOR_STAGES. Everything printed goes to the cell's log. The process never unpickles
-anything and ends with 0 whenever it wrote an answer.
+REQUEST is the JSON of a `Request`, which may hold secrets; the answer holds none. What begins is told, a line each,
+on the file descriptor that the environment names in RFLOOR_STAGES. Everything printed goes to the cell's log. The
+process never unpickles anything and ends with 0 whenever it wrote an answer.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.failures import out_of_memory, telling_line
-from registry.hardware import physical_cores
+from registry.hardware import contexts, load, physical_cores
 from registry.outcome import BadInput, Outcome, Refused
 from registry.record import write_json
+from registry.redact import Redactor, environment_secrets, known_secrets
 from registry.schema import Config, from_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 STAGES_FD = "RFLOOR_STAGES"
+PARENT = "RFLOOR_PARENT"
+"""Environment variable: the PID of the process that waits for this one."""
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -96,6 +99,7 @@ def answer(request: Request) -> dict[str, Any]:
     from registry.kernels import require
     from registry.measure import read_bandwidth
 
+    found = load() if request.device == "cuda" else {}  # before this process touches the device
     config, protocol = request.config, request.config.protocol
     if request.device == "cuda" and not torch.cuda.is_available():
         raise Refused(
@@ -114,7 +118,8 @@ def answer(request: Request) -> dict[str, Any]:
         if request.device == "cuda":
             torch.cuda.empty_cache()
         measured["read_bandwidth_gbs"] = read_bandwidth(request.device)
-    return measured | {"threads": threads, "torch": _describe_torch(), "stages_s": _durations()}
+    others = {"load_before": found, "contexts_after": contexts() if found else None}
+    return measured | others | {"threads": threads, "torch": _describe_torch(), "stages_s": _durations()}
 
 
 def _step(request: Request) -> dict[str, Any]:
@@ -271,18 +276,23 @@ def failure(error: BaseException) -> dict[str, Any]:
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent dies, so that no orphan holds the GPU."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if str(os.getppid()) != os.environ.get(PARENT, str(os.getppid())):  # it died before
+        os._exit(1)
 
 
 def main(arguments: list[str]) -> int:
     """Answer one request."""
     die_with_parent()
-    request_file, answer_file = map(Path, arguments)
+    [answer_file] = map(Path, arguments)
+    known = environment_secrets(os.environ)
     try:
-        request = from_plain(Request, json.loads(request_file.read_text(encoding="utf-8")))
+        asked = json.loads(sys.stdin.buffer.read())
+        known |= known_secrets(asked)
+        request = from_plain(Request, asked)
         content = {"outcome": Outcome.OK, **answer(request)}
     except BaseException as error:  # whatever it is, the parent gets an answer with its name
         content = failure(error)
-    write_json(answer_file, content)
+    write_json(answer_file, Redactor(known).plain(content))
     return 0
 
 

@@ -1,12 +1,7 @@
 """What several test files share."""
 
-import contextlib
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import uuid
 from collections.abc import Iterator
 
 # Nothing here may wait for a network: a hub id is found in a cache or not at all.
@@ -15,10 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 from hypothesis import settings
 from planning import H200, Plan
-from sweeps import FAULTS, ROOT, Start, Sweep, database, marked
+from sweeps import Start, Sweep, database, launch
 
 from registry.architecture import Architecture
-from registry.cache import KERNELS
 from registry.compose import Composer
 from registry.hardware import Device
 from registry.plan import Cell, Planner
@@ -29,6 +23,7 @@ from registry.schema import GpuConfig
 collect_ignore_glob = ["plugin_*/*"]
 
 settings.register_profile("rfloor", deadline=None)
+settings.register_profile("fuzz", deadline=None, print_blob=True)  # `make fuzz`; see tests/fuzzing.py
 settings.load_profile("rfloor")
 
 
@@ -66,33 +61,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     home = tmp_path_factory.mktemp("sweeps")
     started: list[Sweep] = []
 
-    def start(*overrides: str) -> Sweep:
-        mark = f"sweep-{uuid.uuid4().hex}"
-        folder = home / mark
-        for name in ("cwd", "tmp"):
-            (folder / name).mkdir(parents=True)
-        tracking = [f"tracking.uri={database(home)}", f"tracking.artifacts={home}/artifacts"]
-        kept = [f"records={folder}/records", f"cache.folder={folder}/cache"]
-        fixed = ["model=tiny", "gpu=cpu", "context=32", "protocol.threads=1", *kept, *tracking]
-        path = os.pathsep.join(filter(None, [str(FAULTS), os.environ.get("PYTHONPATH")]))
-        # Inductor, once it has compiled in this process, says here where it keeps what it makes.
-        inherited = {name: value for name, value in os.environ.items() if name not in KERNELS}
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "runner.py"), "-m", *fixed, *overrides],
-            cwd=folder / "cwd",
-            env=inherited | {"PYTHONPATH": path, "TMPDIR": str(folder / "tmp"), "RFLOOR_TEST_MARK": mark},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(Sweep(home, mark, process))
+    tracking = [f"tracking.uri={database(home)}", f"tracking.artifacts={home}/artifacts"]
+
+    def start(*overrides: str, after: Sweep | None = None) -> Sweep:
+        started.append(launch(home, tracking, *overrides, after=after))
         return started[-1]
 
     yield start
     for sweep in started:
-        for pid, _ in marked(sweep.mark):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        sweep.process.wait()
+        sweep.kill()
     shutil.rmtree(home)

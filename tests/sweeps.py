@@ -2,13 +2,19 @@
 
 import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from registry.cache import KERNELS
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -17,7 +23,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 FAULTS = ROOT / "tests" / "faults"
 BENIGN = ("ok", "oom", "unsupported")
-PATIENCE_S = 120  # for what takes seconds on an idle machine
+PATIENCE_S = 240
 
 
 @dataclass
@@ -36,16 +42,26 @@ class Sweep:
     def folder(self) -> Path:
         return self.home / self.mark
 
-    def end(self) -> "Sweep":
-        self.stdout, self.stderr = self.process.communicate(timeout=PATIENCE_S)
+    def end(self, patience_s: float = PATIENCE_S) -> "Sweep":
+        self.stdout, self.stderr = self.process.communicate(timeout=patience_s)
         self.code = self.process.returncode
         self.left_processes = [command for _, command in marked(self.mark)]
         return self
 
+    def kill(self) -> None:
+        """End it and all that it started, wherever it stands."""
+        with self.process:
+            for pid, _ in marked(self.mark):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def written(self) -> list[Path]:
+        """The files of its records so far."""
+        return [*self.folder.glob(f"records/{'[0-9a-f]' * 16}/*.json")]
+
     def records(self) -> list[dict[str, Any]]:
         """Every record, in the order of the cells."""
-        files = self.folder.glob("records/*/*.json")
-        found = [json.loads(file.read_text()) for file in files if file.parent.name != "experiments"]
+        found = [json.loads(file.read_text()) for file in self.written()]
         return sorted(found, key=lambda record: record["index"])
 
     def record(self, backend: str, execution: str = "eager") -> dict[str, Any]:
@@ -81,6 +97,32 @@ class Sweep:
         by_record = {run.data.tags["rfloor.record_id"]: run for run in found}
         assert len(by_record) == len(found)
         return by_record
+
+
+def launch(home: Path, tracking: Sequence[str], *overrides: str, after: Sweep | None = None) -> Sweep:
+    """Start a sweep over the tiny model, whose every file but MLflow's goes to a folder under `home`.
+
+    The folder is its own, or that of a sweep that was there before.
+    """
+    mark = after.mark if after else f"sweep-{uuid.uuid4().hex}"
+    folder = home / mark
+    for name in ("cwd", "tmp"):
+        (folder / name).mkdir(parents=True, exist_ok=after is not None)
+    kept = [f"records={folder}/records", f"cache.folder={folder}/cache"]
+    fixed = ["model=tiny", "gpu=cpu", "context=32", "protocol.threads=1", *kept, *tracking]
+    path = os.pathsep.join(filter(None, [str(FAULTS), os.environ.get("PYTHONPATH")]))
+    # Inductor, once it has compiled in this process, says here where it keeps what it makes.
+    inherited = {name: value for name, value in os.environ.items() if name not in KERNELS}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "runner.py"), "-m", *fixed, *overrides],
+        cwd=folder / "cwd",
+        env=inherited | {"PYTHONPATH": path, "TMPDIR": str(folder / "tmp"), "RFLOOR_TEST_MARK": mark},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return Sweep(home, mark, process)
 
 
 def database(home: Path) -> str:

@@ -22,10 +22,10 @@ from backends.attention.flash_attn import FlashAttention2, FlashAttention3, leng
 from backends.attention.flashinfer import FlashInfer
 from backends.hf import HfBackend
 from registry.api import AttentionShape
+from registry.child import _environment
 from registry.hardware import Device
 from registry.kernels import require
 from registry.outcome import BadInput, Outcome, Refused
-from registry.run import _environment
 from registry.testing import TINY, AttentionKernelContract, BackendContract
 
 L4 = Device("cuda", "NVIDIA L4", 24_000_000_000, "GPU-0", (8, 9), "580.1")

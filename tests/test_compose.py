@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import typing
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from registry import sweep
+from registry.axes import MOST
 from registry.compose import CONF, Composer, to_config
 from registry.outcome import BadInput
 from registry.plugins import KINDS, Catalog
@@ -307,6 +310,17 @@ def test_one_bad_cell_refuses_the_sweep(composer: Composer, folder: Path, overri
     assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("gpu.nvml_names=[{a:1}]", "gpu.nvml_names.0 is a dict"),
+        ("gpu.nvml_names=[[a]]", "gpu.nvml_names.0 is a list"),
+    ],
+)
+def test_a_list_of_texts_has_texts_alone(composer: Composer, override: str, told: str) -> None:
+    assert refusal(composer, "gpu=l4", override) == told
+
+
 def test_a_misspelt_option_lists_all_there_are(composer: Composer) -> None:
     message = refusal(composer, "gpu=h1000")
     assert message.endswith("Known: " + ", ".join(composer.options("gpu")))
@@ -352,3 +366,61 @@ def test_any_text_composes_or_is_bad_input(
     with contextlib.suppress(BadInput):
         compose(composer, *overrides, multirun=multirun)
     assert not list(folder.iterdir())
+
+
+# How many
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["context=range(0,1000000000)"],
+        ["context=range(0,100000000000000000000000000000000)"],
+        ["context=range(0,-1000000000,-1)"],
+        ["context=range(0.0,1.0,1e-9)"],
+        ["context=range(0,1,1e-320)"],
+        ["context=shuffle(range(1000000000))"],
+        ["context=range(0,10001)"],
+        [f"context={','.join(['512'] * 10001)}"],
+        ["context=range(1,101)", "protocol.seed=range(0,101)"],
+        ["context=range(1,1001)", "protocol.seed=range(0,1000)", "protocol.warmup_steps=range(0,1000)"],
+        ["experiment=matrix", "protocol.seed=range(0,900)"],
+    ],
+    ids=range(11),
+)
+def test_a_sweep_has_a_number_of_cells_that_somebody_can_want(composer: Composer, overrides: list[str]) -> None:
+    start = time.monotonic()
+    told = refusal(composer, *overrides, multirun=True)
+    assert time.monotonic() - start < 10
+    assert re.search(r"\d cells; a sweep has 10000 at most|inf cells", told)
+
+
+def test_sessions_count(composer: Composer) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        sweep.prepare(["-m", "model=tiny", "protocol.sessions=1000000000"])
+
+
+def test_as_many_cells_as_a_sweep_may_have(composer: Composer) -> None:
+    assert len(composer.jobs(["protocol.seed=range(0,100)", "context=range(1,101)"], multirun=True)) == MOST
+    assert len(composer.jobs(["context=range(0.5,100.5,0.25)"], multirun=True)) == 400
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("context=range(0,10,0)", "a range has finite ends and a step that is not 0"),
+        ("context=range(0,1,0.0)", "a range has finite ends and a step that is not 0"),
+        ("context=range(0,inf)", "a range has finite ends"),
+        ("context=range(nan,1)", "a range has finite ends"),
+        ("context=range(1,2,nan)", "a range has finite ends"),
+        (f"model.weights={'[' * 2000}{']' * 2000}", "nested too deeply: model.weights=[[["),
+        (f"model.weights={'{a:' * 300}1{'}' * 300}", "nested too deeply: model.weights={a:"),
+        ("context=int(x)", "ValueError while evaluating 'int(x)': invalid literal"),
+        ("context=sort(1,a,[2])", "TypeError while evaluating"),
+    ],
+    ids=range(9),
+)
+def test_what_hydra_s_grammar_stumbles_over_is_bad_input(composer: Composer, override: str, told: str) -> None:
+    message = refusal(composer, override, multirun=True)
+    assert told in message
+    assert len(message) < 400

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -216,7 +217,10 @@ def test_no_cell_is_told_to_leave_out_an_arm_that_its_experiment_compares(
         ("name: mine\nqestion: x\ncells: [{model: tiny}]", "Key 'qestion' not in 'ExperimentConfig'"),
         ("name: mine\ncells: {model: tiny}", "Cannot merge DictConfig with ListConfig"),
         ("name: mine\ncells: [", "found '<stream end>' in .*mine.yaml"),
-        ('name: mine\ncells: [{model.weights: "a,b=c d"}]', "cannot read the cells of experiment=mine: mismatched"),
+        (
+            'name: mine\ncells: [{model.weights: "a,b=c d"}]',
+            "the cells of experiment=mine: cannot read an override: mismatched",
+        ),
         ("name: other\ncells: [{model: tiny}]", "experiment=mine calls itself 'other'"),
     ],
 )
@@ -337,6 +341,47 @@ def test_a_registration_that_was_changed_later_is_refused(
     else:
         content["registered_at"] = "2026-01-01T00:00:00.000+00:00"
     with pytest.raises(records.BadRecord, match="changed after it was made"):
+        registration.from_json(content)
+
+
+HASHED_AGAIN: dict[str, tuple[dict[str, object], str]] = {
+    "cells": ({"cells": None}, "cells is a NoneType"),
+    "cell": ({"cells": [{"session": 0}]}, "no session or no cell_id"),
+    "sessions": ({"sessions": True}, "sessions is a bool"),
+    "gpus": ({"gpus": {"l4": "300"}}, "gpus.l4 is a str"),
+    "experiment": ({"experiment": "graphs_ab"}, "experiment is a str"),
+    "time": ({"registered_at": "2026-01-01T00:00:00"}, "registered_at has no zone"),
+}
+
+
+@pytest.mark.parametrize("damage", HASHED_AGAIN)
+def test_a_registration_of_the_wrong_types_is_refused_whatever_its_hash(
+    composer: Composer, profiles: dict[str, GpuConfig], damage: str
+) -> None:
+    changes, told = HASHED_AGAIN[damage]
+    content = json.loads(json.dumps(registered(composer, profiles).plain())) | changes
+    content["sha256"] = registration._digest(
+        {k: v for k, v in content.items() if k not in ("schema_version", "kind")}
+    )
+    with pytest.raises(records.BadRecord, match=re.escape(told)):
+        registration.from_json(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"arms": "engine"}, "experiment.arms is 'engine'"),
+        ({"arms": 5}, "experiment.arms is a int"),
+        ({"claims": [{"claim": "x"}]}, "no experiment.claims.0.killed_if"),
+    ],
+    ids=range(3),
+)
+def test_a_registration_of_an_experiment_that_is_none_is_refused(
+    composer: Composer, profiles: dict[str, GpuConfig], change: dict[str, object], told: str
+) -> None:
+    content = json.loads(json.dumps(registered(composer, profiles).plain()))
+    content["experiment"] |= change
+    with pytest.raises(records.BadRecord, match=re.escape(told)):
         registration.from_json(content)
 
 

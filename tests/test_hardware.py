@@ -32,6 +32,7 @@ class FakeNvml(ModuleType):
     """Two GPUs. A function whose name is in `failing` raises."""
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+    nvmlMemory_v2 = 0x02000028  # noqa: N815
 
     class NVMLError(Exception):
         pass
@@ -46,7 +47,7 @@ class FakeNvml(ModuleType):
             return self._fail
         return super().__getattribute__(name)
 
-    def _fail(self, *_: object) -> None:
+    def _fail(self, *_: object, **__: object) -> None:
         raise self.NVMLError("Not Supported")
 
     def nvmlInit(self) -> None:  # noqa: N802
@@ -74,8 +75,17 @@ class FakeNvml(ModuleType):
     def nvmlDeviceGetUUID(self, handle: int) -> bytes:  # noqa: N802
         return UUIDS[handle].encode()
 
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:  # noqa: N802
-        return SimpleNamespace(total=(handle + 1) << 30)
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int | None = None) -> Any:  # noqa: N802
+        return SimpleNamespace(total=(handle + 1) << 30, used=(5 if version is None else 3) << 20)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, _: int) -> list[Any]:  # noqa: N802
+        return [SimpleNamespace(pid=11, usedGpuMemory=2 << 20), SimpleNamespace(pid=12, usedGpuMemory=None)]
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, _: int) -> list[Any]:  # noqa: N802
+        return [SimpleNamespace(pid=11, usedGpuMemory=2 << 20)]
+
+    def nvmlDeviceGetUtilizationRates(self, _: int) -> Any:  # noqa: N802
+        return SimpleNamespace(gpu=40, memory=7)
 
     def nvmlDeviceGetCudaComputeCapability(self, _: int) -> list[int]:  # noqa: N802
         return [8, 9]
@@ -159,6 +169,8 @@ def test_without_nvml_the_device_is_the_cpu(
     without(monkeypatch, nvml)
     assert find_device() == hardware.cpu_device()
     assert snapshot() == {}
+    assert hardware.load() == {}
+    assert hardware.contexts() is None
 
 
 def test_a_gpu_that_shares_the_host_s_memory(nvml: FakeNvml) -> None:
@@ -185,6 +197,34 @@ def test_snapshot(nvml: FakeNvml) -> None:
 def test_a_snapshot_leaves_out_what_the_device_does_not_tell(nvml: FakeNvml, function: str, keys: set[str]) -> None:
     nvml.failing.add(function)
     assert snapshot() == {key: value for key, value in STATE.items() if key not in keys}
+
+
+LOAD = {
+    "processes": [{"pid": 11, "memory_bytes": 2 << 20}, {"pid": 12, "memory_bytes": None}],
+    "memory_used_bytes": 3 << 20,
+    "utilisation_percent": 40,
+}
+
+
+def test_what_else_runs_on_the_device(nvml: FakeNvml) -> None:
+    """A process that computes and draws is one process; what the driver keeps for itself is nobody's."""
+    assert hardware.load() == LOAD
+    assert hardware.contexts() == 2
+    assert nvml.initialised == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "key"),
+    [
+        ("nvmlDeviceGetComputeRunningProcesses", "processes"),
+        ("nvmlDeviceGetMemoryInfo", "memory_used_bytes"),
+        ("nvmlDeviceGetUtilizationRates", "utilisation_percent"),
+    ],
+)
+def test_a_load_leaves_out_what_the_device_does_not_tell(nvml: FakeNvml, function: str, key: str) -> None:
+    nvml.failing.add(function)
+    assert hardware.load() == {name: value for name, value in LOAD.items() if name != key}
+    assert (hardware.contexts() is None) == (key == "processes")
 
 
 def test_the_real_bindings_have_every_function_that_is_called() -> None:

@@ -22,7 +22,7 @@ from mlflow.tracking import MlflowClient
 from test_record import made_up_cell, made_up_record
 from test_tracking import prepared_database
 
-from registry import tracking
+from registry import mlflow_client
 from registry.compose import Composer
 from registry.schema import TrackingConfig
 from registry.tracking import Tracker
@@ -93,7 +93,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory, composer: Composer) -> Iterator
     shutil.copy(prepared_database(tmp_path_factory.getbasetemp()), folder / "mlflow.db")
     config = TrackingConfig("local", f"sqlite:///{folder}/mlflow.db", "rfloor", str(folder / "mlartifacts"))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in tracking.QUIET_CLIENT.items():
+        for name, value in mlflow_client.QUIET_CLIENT.items():
             patch.setenv(name, value)
         tracker = Tracker(config)
         runs = []

@@ -211,8 +211,8 @@ def test_the_trace_is_an_artifact_of_its_run(sweep: Sweep, tmp_path: Path) -> No
 
 
 def test_the_trace_lies_beside_the_record_and_is_none(sweep: Sweep) -> None:
+    from registry.importing import import_records
     from registry.schema import TrackingConfig
-    from registry.tracking import import_records
 
     [record] = sweep.records()
     stem = f"{record['sweep_id']}-{record['index']}"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry import metrics, tracking
+from registry import metrics, shown
 from registry import record as records
 from registry.compose import Composer
 from registry.hardware import Device
@@ -236,6 +236,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "device": ({"environment": {"device": "L4"}}, "environment.device is a str"),
     "versions": ({"environment": {"versions": None}}, "environment.versions is a NoneType"),
     "git": ({"environment": {"git": []}}, "environment.git is a list"),
+    "tags": ({"environment": {"tags": ["upstream"]}}, "environment.tags is a list"),
     "kind": ({"kind": "prefill"}, "a record's kind is one of step, attention, not 'prefill'"),
     "no_calls": ({"kind": "attention"}, "the outcome is ok and there are no call_times_us"),
     "call_time": ({"call_times_us": ["8.4"]}, "a time or a metric is no finite number"),
@@ -250,7 +251,7 @@ def test_a_value_that_no_record_has_is_refused(tmp_path: Path, cell: Cell, name:
 
 def test_an_infinite_metric_is_refused(tmp_path: Path, cell: Cell) -> None:
     text = json.dumps(made_up_record(cell).plain()).replace('"ttft_ms": 12.5', '"ttft_ms": 1e999')
-    assert refusal(tmp_path, text) == "a time or a metric is no finite number"
+    assert refusal(tmp_path, text) == "1e999 is no finite number"
 
 
 @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(Record) if f.name != "study"])
@@ -284,8 +285,8 @@ def take(file: Path, content: bytes) -> None:
         assert told.startswith(f"{file}: ")
         return
     assert records.from_plain(json.loads(json.dumps(record.plain()))) == record
-    assert all(isinstance(value, str) for value in tracking.tags(record).values())
-    assert all(isinstance(value, str) for _, value in tracking.flatten(record.config))
+    assert all(isinstance(value, str) for value in shown.tags(record).values())
+    assert all(isinstance(value, str) for _, value in shown.flatten(record.config))
 
 
 @pytest.fixture(scope="module")
@@ -467,6 +468,37 @@ def test_throttling_is_told_with_its_clocks_once_it_costs_two_percent(
 ) -> None:
     expected = [f"throttled {moment} the window by {told}"] if told else []
     assert warnings(cell, **{f"device_{moment}": state}) == expected
+
+
+ONE = {"pid": 7, "memory_bytes": 3_000_000_000}
+SHARED = [
+    ({}, None, []),
+    ({"processes": [], "memory_used_bytes": 700_000_000, "utilisation_percent": 2}, 1, []),
+    (
+        {
+            "processes": [ONE, {"pid": 8, "memory_bytes": None}],
+            "memory_used_bytes": 4 << 30,
+            "utilisation_percent": 0,
+        },
+        3,
+        ["shared: 2 other processes held 3.0 GB of the device before the worker came"],
+    ),
+    (
+        {"memory_used_bytes": 2_500_000_000},
+        None,
+        ["shared: 2.5 GB of the device were in use before the worker came"],
+    ),
+    ({"processes": [], "utilisation_percent": 93}, 1, ["shared: the device was busy 93 % of the time before"]),
+    ({"processes": []}, 3, ["shared: 2 other processes came to the device while the worker was there"]),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "told"), SHARED)
+def test_a_run_beside_others_carries_a_warning(
+    cell: Cell, before: dict[str, Any], after: int | None, told: list[str]
+) -> None:
+    found = warnings(cell, load_before=before, contexts_after=after)
+    assert [warning[: len(words)] for warning, words in zip(found, told, strict=True)] == told
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ GRAPHED = (11.0, 12.0, 11.6)
 
 def run(cell: Cell, number: int, tpot: float = 10.0, **changes: Any) -> Observation:
     """A run whose three steps have the median `tpot`."""
-    record = made_up_record(cell, record_id=f"record{number}", started_at=f"2026-07-01T10:{number:02}:00+00:00")
+    record = made_up_record(
+        cell, record_id=f"record{number}", index=number, started_at=f"2026-07-01T10:{number:02}:00+00:00"
+    )
     record.cell_id = cell.cell_id
     record.config = what_is_measured(cell.config)
     record.metrics = record.metrics | {

@@ -6,6 +6,8 @@ Each sweep runs once and is shared by the tests that look at it.
 import re
 import signal
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from sweeps import (
 )
 
 from registry.cache import KERNELS
-from registry.run import _environment
+from registry.child import _environment
 
 # sqlalchemy about what MLflow does
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
@@ -57,6 +59,8 @@ FAULTY = {
     ),
     "miscounts": ("crash", "^what the worker answered makes no record: TypeError: .*NoneType", ""),
     "wrong": ("incorrect", r"logits reach a cosine of -?0\.\d+ with plain transformers", ""),
+    "limited": ("oom", "allocate", ""),
+    "forks": ("ok", "^$", ""),
     "noisy": ("ok", "^$", ""),
 }
 
@@ -230,7 +234,7 @@ def test_an_interrupted_sweep_loses_no_cell(start: Start) -> None:
 
 def test_an_interrupt_between_workers_waits_for_what_is_being_written(start: Start) -> None:
     sweep = start("backend=needs", "protocol.seed=range(0,12)")
-    wait_for(lambda: list(sweep.folder.glob("records/*/*.json")) or sweep.process.poll(), "no cell ends")
+    wait_for(lambda: sweep.written() or sweep.process.poll(), "no cell ends")
     for _ in range(3):  # as an impatient user does it
         sweep.process.send_signal(signal.SIGINT)
         time.sleep(0.02)
@@ -243,6 +247,64 @@ def test_an_interrupt_between_workers_waits_for_what_is_being_written(start: Sta
         assert_logged(sweep, record)
     assert sweep.code == 1
     assert_nothing_left(sweep)
+
+
+def test_a_hang_while_something_is_built_or_stepped_is_ended_in_time(start: Start, faulty: Sweep) -> None:
+    timeout_s = 4 + round(2 * faulty.record("noisy")["wall_s"])
+    sweep = start("backend=hangs-in-build,hangs-in-step", f"protocol.timeout_s={timeout_s}").end()
+    for record in sweep.records():
+        assert (record["outcome"], record["reason"]) == ("timeout", f"not done after {timeout_s} s")
+        assert "hanging now" in sweep.log(record)
+    assert sweep.code == 1
+    assert_nothing_left(sweep)
+
+
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """A control group with 64 MiB, where this user may make one."""
+    found = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    places = {names: name.lstrip("/") for _, names, name in found}
+    if "memory" in places:
+        group, limit = Path("/sys/fs/cgroup/memory", places["memory"]), "memory.limit_in_bytes"
+    else:
+        group, limit = Path("/sys/fs/cgroup", places.get("", "")), "memory.max"
+    made = group / f"rfloor-{uuid.uuid4().hex}"
+    try:
+        made.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        (made / limit).write_text(str(64 << 20))
+    except OSError as error:
+        made.rmdir()
+        pytest.skip(f"no control group of memory can be made here: {error}")
+    yield made
+    made.rmdir()
+
+
+def test_a_worker_that_the_kernel_kills_for_memory_is_oom(
+    start: Start, small_group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RFLOOR_TEST_CGROUP", str(small_group))
+    sweep = start("backend=out-of-memory").end()
+    [record] = sweep.records()
+    assert_told(sweep, record, "oom", "^the kernel killed the worker for want of host memory$", "smaller model")
+    assert sweep.code == 0
+    assert_nothing_left(sweep)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.1, 0.4])
+def test_an_interrupt_before_the_first_cell_is_told_in_a_line(start: Start, after_s: float) -> None:
+    """The sweep is planned and has a name; nothing else has happened, or all of it is interrupted."""
+    sweep = start("backend=needs", "protocol.seed=range(0,12)")
+    wait_for(lambda: [*sweep.folder.glob("records/sweeps/*.json")], "no sweep")
+    time.sleep(after_s)
+    sweep.process.send_signal(signal.SIGINT)
+    sweep.end()
+    assert sweep.code == 1
+    assert "Traceback" not in sweep.stdout + sweep.stderr
+    if not sweep.records():
+        assert sweep.stderr.endswith("rfloor: interrupted before anything was measured\n")
 
 
 @pytest.fixture(scope="module")

@@ -364,7 +364,7 @@ def test_a_cell_that_was_asked_for_twice_is_two_and_no_run_of_it_is_lost(make: M
     """14 and 11 ms, then once more 16 and 10 ms in the same session."""
     found = [*arms(make, (14.0,), (11.0,)), *arms(make, (16.0,), (10.0,))]
     for place, one in enumerate(found):
-        one.record.started_at = f"2026-07-01T10:{place:02}:00+00:00"
+        one.record.started_at, one.record.index = f"2026-07-01T10:{place:02}:00+00:00", place
     told = rows(titled(build(named("graphs_ab"), found).sections, "eager against"))
     assert [(row["block"][-6:], row["speedup"]) for row in told] == [("copy=0", "1.2727"), ("copy=1", "1.6000")]
 

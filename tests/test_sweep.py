@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from planning import CPU, H200, Plan, refused
 from safetensors.numpy import save_file
@@ -102,6 +103,10 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
         (["--cfg", "job", "modle=tiny"], "did you mean model?"),
         (["--help", "model=tinny"], "did you mean tiny?"),
         (["--cfg", "job", "-m", "context=1,2"], "leave out -m"),
+        (["--hydra-help", "attention=fa2"], "takes no overrides"),
+        (["--cfg", "job", "--info"], "--cfg and --info exclude each other"),
+        (["--run", "-m", "model=tiny"], "--run and --multirun exclude each other: leave out -m"),
+        (["--help", "-m", "model=tiny", "context=1,2"], "leave out -m, and give each key one value"),
         (["--info", "config", "--resolve"], "--resolve goes with --cfg"),
         (["--dryrun"], "unrecognized arguments: --dryrun"),
         (["model=tiny", "-m", "context=64,128"], "Flags come before the overrides: python runner.py -m"),
@@ -667,7 +672,7 @@ def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPat
         return Told()
 
     told: Any = Told()
-    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([cell], [sweep.Job([], cell, 0)], "20260701-101010-abcd", 0))
+    monkeypatch.setattr(sweep, "_sweep", sweep.Sweep([cell], [sweep.Job([], cell, 0, 0)], "20260701-101010-abcd", 0))
     monkeypatch.setattr(sweep, "_running", sweep.Running(told, told))
     monkeypatch.setattr(sweep, "_planner", lambda: pytest.fail("planned again"))
     monkeypatch.setattr("registry.run.run_cell", run_cell)
@@ -675,6 +680,16 @@ def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: here)
     sweep.job(OmegaConf.create({}))
     assert seen == [cell]
+
+
+def test_what_a_launcher_keeps_of_a_job_is_its_record_alone() -> None:
+    """Hydra's own keeps what each job gave back to the end of the sweep, two configurations with it."""
+    given = JobReturn(cfg=OmegaConf.create({"a": 1}), hydra_cfg=OmegaConf.create({"b": 2}))
+    given.return_value = {"record": {}}
+    sweep._callbacks().on_job_end(config=OmegaConf.create(), job_return=given)
+    assert (given.cfg, given.hydra_cfg) == (None, None)
+    given.status = JobStatus.COMPLETED
+    assert given.return_value == {"record": {}}
 
 
 def test_what_fails_outside_every_cell_ends_the_call_with_1(monkeypatch: pytest.MonkeyPatch) -> None:

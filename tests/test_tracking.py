@@ -1,6 +1,8 @@
 """Records to MLflow, against real SQLite stores: what a run holds, and that nothing is logged twice or lost."""
 
+import contextlib
 import functools
+import http.server
 import json
 import logging
 import os
@@ -8,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,19 +20,37 @@ from typing import Any
 import pytest
 import yaml
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import (
+    INTERNAL_ERROR,
+    INVALID_PARAMETER_VALUE,
+    TEMPORARILY_UNAVAILABLE,
+    UNAUTHENTICATED,
+)
 from mlflow.tracking import MlflowClient
+from planning import Plan
+from sqlalchemy.exc import IntegrityError, OperationalError
 from test_record import made_up_cell, made_up_record
 
-from registry import cli, tracking
+from registry import cli, importing, mlflow_client, patience, shown
 from registry import record as records
+from registry import registration as registrations
+from registry.archive import everything_in
 from registry.call import Call
 from registry.compose import Composer
+from registry.experiment_runs import open_runs
+from registry.importing import import_records
+from registry.locks import locked
+from registry.mlflow_client import TrackingDown
 from registry.outcome import Outcome, Refusal
 from registry.plan import Cell
+from registry.process import has_ended
 from registry.record import Record
+from registry.registration import Registration, register
 from registry.run import run_cell
 from registry.schema import TrackingConfig, what_is_measured
-from registry.tracking import Tracker, TrackingDown, artifacts, import_records
+from registry.shown import artifacts
+from registry.tracking import Tracker
 
 # sqlalchemy about what MLflow does
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
@@ -118,7 +139,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def client_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings that a tracker makes in the environment do not outlive the test."""
-    for name, value in tracking.QUIET_CLIENT.items():
+    for name, value in mlflow_client.QUIET_CLIENT.items():
         monkeypatch.setenv(name, value)
 
 
@@ -183,13 +204,14 @@ def test_a_run_holds_all_of_a_measured_cell(store: Store, folder: Path, cell: Ce
     assert store.series(run, "step_time_ms") == [(0, 1.9), (1, 2.0), (2, 2.1)]
     assert store.series(run, "r_floor") == [(0, pytest.approx(0.672576))]
 
-    leaves = dict(tracking.flatten(record.config))
+    leaves = dict(shown.flatten(record.config))
     assert leaves["protocol.context"] == "100"
     left_out = {"backend.plugin", "quant.plugin", "attention.plugin"}  # each is called what its option is called
     assert run.data.params == {key: value for key, value in leaves.items() if key not in left_out}
 
-    shown = {key: value for key, value in run.data.tags.items() if key != "mlflow.runName"}
-    assert shown == {
+    told = {key: value for key, value in run.data.tags.items() if key != "mlflow.runName"}
+    assert not has_ended(told.pop("rfloor.process"))
+    assert told == {
         "rfloor.record_id": "00c0ffee",
         "outcome": "ok",
         "warnings": "unsteady: a; throttled: b",
@@ -285,7 +307,7 @@ def test_what_is_longer_than_mlflow_takes_is_cut(shared: Store, cell: Cell, capl
     ],
 )
 def test_flatten(config: dict[str, Any], leaves: dict[str, str]) -> None:
-    assert dict(tracking.flatten(config)) == leaves
+    assert dict(shown.flatten(config)) == leaves
 
 
 def test_no_secret_of_the_configuration_is_a_parameter(composer: Composer) -> None:
@@ -316,7 +338,7 @@ def test_every_column_of_the_view_is_something_that_is_logged(store: Store, cell
     assert run.data.tags["kernels"] == "marlin::Marlin x196"
     kinds = {"params": run.data.params, "metrics": run.data.metrics, "tags": run.data.tags}
     logged = {f"{kind}.{name}" for kind, names in kinds.items() for name in names}
-    assert set(tracking.VIEW_COLUMNS) <= logged
+    assert set(shown.VIEW_COLUMNS) <= logged
 
 
 @pytest.mark.parametrize(
@@ -456,6 +478,221 @@ def test_import_finds_its_runs_beyond_one_page(store: Store, folder: Path, monke
     assert import_records(folder, store.config)[0] == Counter(present=5)
 
 
+def sweep_logs(store: Store, folder: Path, record: Record) -> None:
+    """What a sweep does when a cell ends: the run is there before the record is."""
+    Tracker(store.config).open(record.record_id, record.label, record.config, {})
+    keep(folder, record)
+
+
+def test_what_a_sweep_records_while_an_import_begins_gets_no_second_run(
+    store: Store, folder: Path, cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_the_worst_moment(folder: Path) -> Any:
+        sweep_logs(store, folder, made_up_record(cell))
+        return everything_in(folder)
+
+    monkeypatch.setattr(importing, "everything_in", at_the_worst_moment)
+    assert import_records(folder, store.config) == (Counter(completed=1), [])
+    [run] = store.runs()
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("reached", ["complete", "cut off"])
+def test_what_another_import_logs_meanwhile_gets_no_second_run(
+    store: Store, folder: Path, cell: Cell, monkeypatch: pytest.MonkeyPatch, reached: str
+) -> None:
+    """Between the first look at all runs, and the moment in which a record is held."""
+    record = made_up_record(cell)
+    file = keep(folder, record)
+    held = []
+
+    @contextlib.contextmanager
+    def late(place: Path, *arguments: float) -> Iterator[None]:
+        with locked(place, *arguments):
+            if place == file:
+                held.append(place)
+                run_id = Tracker(store.config).open(record.record_id, record.label, record.config, {})
+                if reached == "complete":
+                    Tracker(store.config).close(run_id, record, artifacts(file))
+            yield
+
+    monkeypatch.setattr(importing, "locked", late)
+    counts, _ = import_records(folder, store.config)
+    assert counts == (Counter(present=1) if reached == "complete" else Counter(completed=1))
+    assert held == [file]
+    [run] = store.runs()
+    assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "ok")
+
+
+def test_a_registration_that_an_import_finds_at_once_gets_no_second_run(
+    store: Store, folder: Path, composer: Composer, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The import comes upon the file as soon as it is there, while the sweep goes on."""
+    cell = plan("experiment=graphs_ab", "model=tiny", "context=64")
+    [registration] = register("sweep", [(0, cell)], 0)
+    write = registrations.write
+
+    def found_at_once(one: Registration, folder: Path) -> Path:
+        file = write(one, folder)
+        import_records(folder, store.config)
+        return file
+
+    monkeypatch.setattr(registrations, "write", found_at_once)
+    call = Call("sweep", Tracker(store.config), lambda _: None)
+    [opened] = open_runs([registration], folder, call)
+    assert call.tracking_error == ""
+    [run] = store.runs()
+    assert run.info.run_id == opened.run_id
+    assert store.artifact(run, "registration.json") == opened.file.read_bytes()
+
+
+def test_import_completes_an_experiment_s_run_without_its_registration(
+    store: Store, folder: Path, composer: Composer, plan: Plan
+) -> None:
+    [registration] = register("sweep", [(0, plan("experiment=graphs_ab", "model=tiny", "context=64"))], 0)
+    file = registrations.write(registration, folder)
+    Tracker(store.config).open_experiment(registration)
+    assert import_records(folder, store.config) == (Counter(completed=1), [])
+    [run] = store.runs()
+    assert run.info.status == "FINISHED"
+    assert store.artifact(run, "registration.json") == file.read_bytes()
+
+
+@pytest.mark.parametrize("record_id", ["it's", 'a "name"', "a`b", "%", "20260701-1_a.b"])
+def test_a_record_of_any_name_is_imported_once(store: Store, folder: Path, record_id: str) -> None:
+    keep(folder, made_up_record(record_id="another"))
+    keep(folder, made_up_record(record_id=record_id, index=1))
+    assert import_records(folder, store.config) == (Counter(imported=2), [])
+    assert import_records(folder, store.config) == (Counter(present=2), [])
+
+
+def test_of_two_runs_of_a_record_the_complete_one_counts(store: Store, folder: Path, cell: Cell) -> None:
+    record = made_up_record(cell)
+    file = keep(folder, record)
+    tracker = Tracker(store.config)
+    runs = [tracker.open(record.record_id, record.label, record.config, {}) for _ in range(3)]
+    tracker.close(runs[1], record, artifacts(file))
+    assert tracker.known() == tracker.known(record.record_id) == {record.record_id: (runs[1], True)}
+    assert import_records(folder, store.config) == (Counter(present=1), [])
+
+
+# What may pass
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asks again without a pause, a few times."""
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(mlflow_client, "PATIENCE_S", 1.0)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("name", ["create_run", "log_batch", "log_artifact", "log_dict", "set_terminated"])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_call_whose_answer_was_lost_is_made_again_and_counts_once(
+    store: Store, folder: Path, cell: Cell, monkeypatch: pytest.MonkeyPatch, name: str, done: bool
+) -> None:
+    """Whether or not MLflow had done what it was asked for."""
+    record = made_up_record(cell)
+    call, lost = getattr(MlflowClient, name), []
+
+    def lose_two(*arguments: Any, **keywords: Any) -> Any:
+        if len(lost) == 2:
+            return call(*arguments, **keywords)
+        lost.append(name)
+        if done:
+            call(*arguments, **keywords)
+        raise MlflowException("API request to http://host failed with timeout exception", INTERNAL_ERROR)
+
+    monkeypatch.setattr(MlflowClient, name, lose_two)
+    log(store, record, artifacts(keep(folder, record)))
+    assert len(lost) == (1 if done and name == "create_run" else 2)
+    monkeypatch.undo()
+    [run] = store.runs()
+    assert run.info.status == "FINISHED"
+    assert store.series(run, "step_time_ms") == [(0, 1.9), (1, 2.0), (2, 2.1)]
+    assert import_records(folder, store.config) == (Counter(present=1), [])
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (MlflowException("busy", TEMPORARILY_UNAVAILABLE), 3),
+        (MlflowException("no such parameter", INVALID_PARAMETER_VALUE), 1),
+        (MlflowException("who are you", UNAUTHENTICATED), 1),
+        (OperationalError("SELECT 1", {}, Exception("down")), 3),
+        (IntegrityError("CREATE TABLE runs", {}, Exception("another makes it")), 3),
+        (OSError("the disk is full"), 1),
+    ],
+)
+def test_only_what_may_pass_is_asked_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, error: Exception, asked: int
+) -> None:
+    look, looked = MlflowClient.get_experiment_by_name, []
+
+    def fail_twice(self: MlflowClient, name: str) -> Any:
+        looked.append(name)
+        if len(looked) < 3:
+            raise error
+        return look(self, name)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", fail_twice)
+    if asked == 1:
+        with pytest.raises(TrackingDown):
+            Tracker(store.config)
+    else:
+        assert Tracker(store.config).known() == {}
+    assert looked == ["rfloor"] * asked
+
+
+class Deaf(http.server.BaseHTTPRequestHandler):
+    """Takes the experiment for granted, and never answers what would make a run."""
+
+    def do_GET(self) -> None:
+        answer = b'{"experiment": {"experiment_id": "1", "name": "rfloor", "lifecycle_stage": "active"}}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def do_POST(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("wanted", ["", "5"])
+def test_a_server_is_asked_for_a_run_once_whatever_the_user_s_settings(
+    monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    """MLflow's client would ask again without looking whether there is a run already."""
+    if wanted:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", wanted)
+    else:
+        monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    monkeypatch.setattr(mlflow_client, "PATIENCE_S", 0.0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Deaf) as deaf:
+        deaf.asked = []  # type: ignore[attr-defined]
+        threading.Thread(target=deaf.serve_forever).start()
+        try:
+            tracker = Tracker(TrackingConfig("server", f"http://127.0.0.1:{deaf.server_port}", "rfloor"))
+            with pytest.raises(TrackingDown, match="Remote end closed connection"):
+                tracker.open("r0", "label", {}, {})
+        finally:
+            deaf.shutdown()
+    assert deaf.asked == ["/api/2.0/mlflow/runs/create"]  # type: ignore[attr-defined]
+
+
+def test_a_database_that_others_open_all_the_time_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow_client, "OPENING_S", 0.0)
+    with locked(store.folder), pytest.raises(TrackingDown, match=r"others have been opening .*/mlflow\.db for 0 s"):
+        Tracker(store.config)
+    Tracker(store.config)
+
+
 # The command
 
 
@@ -538,7 +775,7 @@ def test_a_server_that_is_down_is_told_within_seconds_and_once(
 def test_rfloor_import_exits_with_1_when_the_server_is_down(
     dead_server: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(mlflow_client, "PATIENCE_S", 0.0)
     keep(folder, made_up_record())
     assert cli.main(["import", str(folder), "tracking=server", f"tracking.uri={dead_server}"]) == 1
     out, err = capsys.readouterr()
@@ -554,7 +791,7 @@ def test_rfloor_import_exits_with_1_when_the_server_is_down(
 def test_no_password_is_in_the_message(
     dead_server: str, monkeypatch: pytest.MonkeyPatch, credentials: str, scheme: str
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(mlflow_client, "PATIENCE_S", 0.0)
     uri = f"{scheme}://{credentials}@{dead_server.removeprefix('http://')}"
     with pytest.raises(TrackingDown) as caught:
         Tracker(TrackingConfig("server", uri, "rfloor"))
@@ -613,7 +850,7 @@ def test_a_sweep_without_its_server_exits_with_1_and_can_be_imported(
     ended = subprocess.run(
         [
             *(sys.executable, str(ROOT / "runner.py"), "model=tiny", "gpu=cpu", "execution=cuda_graph"),
-            *(f"records={folder}", "tracking=server", f"tracking.uri={dead_server}"),
+            *(f"records={folder}", "tracking=server", f"tracking.uri={dead_server}", "tracking.experiment=mine"),
         ],
         cwd=store.folder,
         capture_output=True,
@@ -621,10 +858,9 @@ def test_a_sweep_without_its_server_exits_with_1_and_can_be_imported(
         timeout=120,
     )
     assert ended.returncode == 1, ended.stderr
-    told = " ".join(ended.stdout.split())
-    assert "MLflow did not take every run" in told
-    assert "rfloor import" in told
-    [file] = folder.rglob("*.json")
+    [told] = [line for line in ended.stdout.splitlines() if line.startswith("MLflow did not take every run")]
+    assert told.endswith(f": rfloor import {folder} tracking.uri={dead_server} tracking.experiment=mine")
+    [file] = folder.glob(f"{'[0-9a-f]' * 16}/*.json")
     assert records.read(file).outcome is Outcome.UNSUPPORTED
     assert import_records(folder, store.config) == (Counter(imported=1), [])
 
@@ -636,7 +872,9 @@ import sys
 from pathlib import Path
 from registry import record as records
 from registry.schema import TrackingConfig, what_is_measured
-from registry.tracking import Tracker, artifacts, import_records
+from registry.importing import import_records
+from registry.shown import artifacts
+from registry.tracking import Tracker
 assert "mlflow" not in sys.modules, "MLflow takes seconds to import"
 uri, folder = sys.argv[1:]
 print(import_records(Path(folder), TrackingConfig("local", uri, "rfloor", folder)))

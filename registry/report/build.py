@@ -12,7 +12,7 @@ from registry.report.cost import cost
 from registry.report.document import Report, markdown
 from registry.report.facts import facts
 from registry.report.matrix import matrix
-from registry.report.observation import pairs
+from registry.report.observation import latest, pairs
 from registry.report.page import html
 from registry.report.paired import paired
 from registry.report.pieces import not_measured, weakened
@@ -61,12 +61,12 @@ def build(
 
     Args:
         experiment: Names the sections.
-        observations: Its runs.
+        observations: Its runs; of several attempts at a cell in a session the last one counts.
         registrations: Of the sweeps that these belong to; their thresholds decide, not those that the configuration
             has now.
         prices: Dollars an hour by GPU profile, over those of the records.
     """
-    today = experiment
+    observations, today = latest(observations), experiment
     if claimed := [one for one in registrations if one.experiment.claims]:
         # What was registered last is what is paired and drawn; each sweep is judged by its own registration.
         experiment = _as_registered(experiment, max(claimed, key=lambda one: one.registered_at).experiment)

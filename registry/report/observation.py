@@ -142,6 +142,16 @@ class Pair:
         return self.baseline.mean(TPOT) - self.candidate.mean(TPOT)
 
 
+def latest(observations: Iterable[Observation]) -> list[Observation]:
+    """The last attempt at each cell in each session: a sweep that was taken up again tried some more than once."""
+    found: dict[tuple[str, int, str], Observation] = {}
+    for one in observations:
+        place = one.record.sweep_id, one.record.index, one.record.cell_id
+        if place not in found or found[place].record.attempt < one.record.attempt:
+            found[place] = one
+    return [*found.values()]
+
+
 def cells(observations: Sequence[Observation]) -> list[Measured]:
     """The runs of each cell together; within a cell in the order in which they began."""
     ordered = sorted(observations, key=lambda o: o.record.started_at)

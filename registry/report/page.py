@@ -71,9 +71,8 @@ def _runs(numbered: dict[str, tuple[int, Observation]]) -> list[str]:
     lines.append("</tr>")
     for number, one in numbered.values():
         r = one.record
-        texts = [f"<code>{one.run_id or '-'}</code>", f"<code>{r.record_id}</code>", r.outcome.value, escape(r.label)]
-        cells = "".join(
-            f'<td class="text">{text}</td>' for text in [*texts, r.started_at[:16].replace("T", "&nbsp;")]
-        )
+        codes = [f"<code>{escape(code)}</code>" for code in (one.run_id or "-", r.record_id)]
+        texts = [*codes, r.outcome.value, escape(r.label), escape(r.started_at[:16]).replace("T", "&nbsp;")]
+        cells = "".join(f'<td class="text">{text}</td>' for text in texts)
         lines.append(f'<tr id="run-{number}"><td>{number}</td>{cells}</tr>')
     return [*lines, "</table></div>"]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from registry import record as records
 from registry import registration as registrations
+from registry.complete import complete
 from registry.outcome import BadInput
 from registry.report.build import build, write
 from registry.report.observation import Observation
-from registry.tracking import RECORD, REGISTRATION, Tracker
+from registry.shown import RECORD, REGISTRATION
+from registry.tracking import Tracker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from registry.record import Record
     from registry.report.document import Report
     from registry.schema import Config
 
@@ -47,7 +50,7 @@ def report(
     experiment = config.experiment
     tracker = Tracker(config.tracking, reading=True)
     own = experiment.name if experiment.cells else ""  # a report without cells of its own tells of all runs
-    measured, problems = tracker.recorded(RECORD, records.from_plain, own, sweeps)
+    measured, problems = tracker.recorded(RECORD, _complete, own, sweeps)
     observations = [Observation(record, run_id) for run_id, record in measured]
     if not observations:
         told = f" of the sweeps {', '.join(sweeps)}" if sweeps else ""
@@ -66,3 +69,12 @@ def report(
     for run_id, one in fixed:
         tracker.tell_experiment(run_id, found.verdicts.get(one.record_id, ()), files, place)
     return found, files, [*problems, *unread]
+
+
+def _complete(content: Any) -> Record:
+    """A record of which something can be told.
+
+    Raises:
+        BadRecord: It is none.
+    """
+    return complete(records.from_plain(content))

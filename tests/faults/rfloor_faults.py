@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +91,46 @@ class Hangs(InLoad):
         hang()
 
 
+class HangsInBuild(HfBackend):
+    @classmethod
+    def builds(cls, options: Any, device: str) -> str:
+        return "a slow extension"
+
+    @classmethod
+    def build(cls, options: Any, device: str) -> None:
+        subprocess.Popen(["sleep", "600"])
+        hang()
+
+
+class Limited(InLoad):
+    """As `ulimit -v` does it."""
+
+    def load(self, capacity: int) -> None:
+        import torch
+
+        here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (here + (64 << 20), here + (64 << 20)))
+        torch.ones(1 << 30, dtype=torch.uint8)
+
+
+class OutOfMemory(InLoad):
+    """Killed by the kernel in a control group that the test made, whose memory is soon used up."""
+
+    def load(self, capacity: int) -> None:
+        Path(os.environ["RFLOOR_TEST_CGROUP"], "cgroup.procs").write_text(str(os.getpid()))
+        kept = [b"x" * (1 << 20) for _ in range(1 << 10)]
+        raise AssertionError(f"{len(kept)} MiB and still alive")
+
+
+class Forks(HfBackend):
+    """Leaves processes behind that have sessions of their own, one of them an orphan, and is right nevertheless."""
+
+    def load(self, capacity: int) -> None:
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+        subprocess.run(["sh", "-c", "setsid sleep 600 >/dev/null 2>&1 &"], check=True)
+        super().load(capacity)
+
+
 class HangsInStep(HfBackend):
     """Passes the check on a two-layer cut, and hangs in a measured step of the whole model."""
 
@@ -99,6 +141,25 @@ class HangsInStep(HfBackend):
         if self.setup.architecture.layers > 2 and self.steps == 10:
             hang()
         return super().decode_step(token)
+
+
+class Waits(HfBackend):
+    """Hangs in `load` until the sweep's folder holds a file called go; a worker that finds it decodes well."""
+
+    def load(self, capacity: int) -> None:
+        print(HANGING, flush=True)
+        while not Path("../go").exists():
+            time.sleep(0.05)
+        super().load(capacity)
+
+
+class FailsFirst(HfBackend):
+    """Broken until the sweep's folder holds a file called go."""
+
+    def load(self, capacity: int) -> None:
+        if not Path("../go").exists():
+            raise ValueError("not yet")
+        super().load(capacity)
 
 
 def hang() -> None:
@@ -153,6 +214,73 @@ class Miscounts(HfBackend):
 
     def bytes_per_step(self, context: float) -> StepBytes:
         return StepBytes(None, 0)  # type: ignore[arg-type]
+
+
+def tell_everything(options: Any) -> str:
+    """Print all that this process knows, in the ways in which programs print it; some of it, for an exception."""
+    print(os.environ)
+    print(json.dumps(dict(os.environ), indent=1))
+    print("\n".join(f"{name}={value}" for name, value in os.environ.items()))
+    print(options, [*os.environ.values()], file=sys.stderr, flush=True)
+    subprocess.run(["env"], check=True)  # past Python's own streams
+    return f"cannot use {options} with {os.environ.get('AWS_SECRET_ACCESS_KEY')} of {dict(os.environ)}"
+
+
+@dataclass(frozen=True)
+class TalkativeOptions:
+    api_key: str = ""
+    password: str = ""
+    token: str = ""
+    note: str = ""
+    hangs: bool = False
+
+
+class Talks(InLoad):
+    """Raises an exception that tells its secrets."""
+
+    Options = TalkativeOptions
+
+    @classmethod
+    def builds(cls, options: Any, device: str) -> str:
+        return f"a thing with {options.api_key}"
+
+    def load(self, capacity: int) -> None:
+        told = tell_everything(self.setup.options)
+        if self.setup.options.hangs:
+            hang()
+        raise ValueError(told)
+
+
+class TalksAndDies(Talks):
+    """Its last words are the answer's reason."""
+
+    def load(self, capacity: int) -> None:
+        print(tell_everything(self.setup.options)[:250], flush=True)
+        os._exit(3)
+
+
+class TalksInRefusal(Talks):
+    def load(self, capacity: int) -> None:
+        raise unsupported(tell_everything(self.setup.options)[:900], f"Use {self.setup.options.api_key}")
+
+
+class TalksBeforehand(Talks):
+    """Asked by the parent, before anything starts."""
+
+    @classmethod
+    def check(cls, request: Any) -> None:
+        raise ValueError(f"no {request.options} for {os.environ.get('AWS_SECRET_ACCESS_KEY')}")
+
+
+class TalksAndDecodes(HfBackend):
+    """Is right nevertheless."""
+
+    Options = TalkativeOptions
+    tags = {"told": os.environ.get("AWS_SECRET_ACCESS_KEY", "")}  # noqa: RUF012 - a class variable of the base
+
+    def load(self, capacity: int) -> None:
+        tell_everything(self.setup.options)
+        super().load(capacity)
 
 
 class Noisy(HfBackend):

@@ -1,0 +1,245 @@
+"""The child process that measures one cell: started, waited for without stirring, and never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from registry import logs
+from registry import record as records
+from registry.cache import kernel_environment
+from registry.environments import ROOT, interpreter
+from registry.outcome import Outcome
+from registry.worker import PARENT, STAGES_FD, Request, to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from registry.call import Call
+    from registry.plan import Cell
+    from registry.redact import Redactor
+
+MARK = "RFLOOR_WORKER"
+"""Environment variable that tells a worker's descendants from all other processes."""
+PROC = Path("/proc")
+VMSTAT = PROC / "vmstat"
+LAST_BYTES = 1 << 20  # of a log, in which a dead worker's last words are looked for
+FORCED_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's order: device 0 is the same to both
+CHILD_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONFAULTHANDLER": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def ask(cell: Cell, file: Path, call: Call, hidden: Redactor, inherited: tuple[int, ...]) -> dict[str, Any]:
+    """Run the child process and take its answer, or make one out of how it ended; its log lies beside the record.
+
+    What is asked may hold secrets and has no name on disk; what is answered holds none.
+
+    Args:
+        cell: Planned.
+        file: Where its record will lie.
+        call: Told what the child begins; its interrupt ends the wait.
+        hidden: Knows the cell's secrets.
+        inherited: Descriptors that the child is to hold too.
+
+    Raises:
+        KeyboardInterrupt: The user wants no more.
+        OSError: There is no room for the log, or no process to be had.
+    """
+    log = file.with_suffix(".log")
+    with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
+        answer, trace = Path(folder, "answer.json"), Path(folder, "trace.json.gz")
+        request = Request(cell.config, cell.device.kind, cell.targets, cell.mean_context, str(trace))
+        killed = _oom_kills()
+        with logs.opened(log, hidden) as output, tempfile.TemporaryFile() as question:
+            question.write(to_json(request).encode())
+            question.seek(0)
+            returncode = _run_worker(cell, question, answer, output, call, hidden, inherited)
+        if returncode is None:
+            return {
+                "outcome": Outcome.TIMEOUT,
+                "reason": f"not done after {cell.config.protocol.timeout_s:g} s",
+                "remedy": "Give protocol.timeout_s=... more seconds",
+            }
+        if answer.exists():
+            content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+            if trace.exists():
+                with contextlib.suppress(OSError):  # a trace for which there is no room costs no figures
+                    shutil.move(trace, records.trace_path(file))
+            return content
+        return _died(returncode, log, _oom_kills() > killed)
+
+
+def _run_worker(
+    cell: Cell,
+    question: IO[bytes],
+    answer: Path,
+    output: IO[bytes],
+    call: Call,
+    hidden: Redactor,
+    inherited: tuple[int, ...],
+) -> int | None:
+    """The child's exit code, or `None` once its time is over; neither it nor what it started is left.
+
+    Raises:
+        KeyboardInterrupt: The user wants no more.
+    """
+    read_end, write_end = os.pipe()
+    mark = uuid.uuid4().hex
+    try:
+        child = subprocess.Popen(
+            [_interpreter(cell), "-m", "registry.worker", str(answer)],
+            stdin=question,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(write_end, *inherited),
+            start_new_session=True,
+            env=_environment(cell) | {STAGES_FD: str(write_end), PARENT: str(os.getpid()), MARK: mark},
+        )
+    finally:
+        os.close(write_end)
+    try:
+        with call.listen():
+            finished = _wait(
+                child, read_end, cell.config.protocol.timeout_s, lambda name: call.stage(hidden.text(name))
+            )
+    finally:
+        os.close(read_end)
+        _kill(child, mark)
+    return child.returncode if finished else None
+
+
+def _environment(cell: Cell) -> dict[str, str]:
+    """A worker's environment: what rfloor suggests, over it the user's, over that what has to be."""
+    found = (
+        CHILD_ENVIRONMENT
+        | kernel_environment(cell.config.cache, cell.versions)
+        | dict(os.environ)
+        | FORCED_ENVIRONMENT
+    )
+    beside = str(Path(_interpreter(cell)).parent)  # where pip puts ninja, by which kernels are compiled
+    found["PATH"] = os.pathsep.join(filter(None, [beside, found.get("PATH")]))
+    return found | {"PYTHONPATH": str(ROOT)} if cell.environment else found  # of ours its interpreter sees the code
+
+
+def _interpreter(cell: Cell) -> str:
+    return str(interpreter(cell.environment)) if cell.environment else sys.executable
+
+
+def _wait(child: subprocess.Popen[bytes], stages: int, timeout_s: float, stage: Callable[[str], None]) -> bool:
+    """Sleep until the child ends, passing on what it begins; false once the time is over.
+
+    The parent sleeps in poll(2) and wakes for the child's own messages alone, of which there is none
+    inside a timed window.
+    """
+    deadline = time.monotonic() + timeout_s
+    process = os.pidfd_open(child.pid)
+    poller = select.poll()
+    poller.register(process, select.POLLIN)
+    poller.register(stages, select.POLLIN)
+    try:
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            for descriptor, _ in poller.poll(left * 1000):
+                if descriptor == process:
+                    child.wait()
+                    return True
+                told = os.read(stages, 4096).decode(errors="replace")
+                if not told:
+                    poller.unregister(stages)
+                for name in told.splitlines():
+                    stage(name)
+    finally:
+        os.close(process)
+
+
+def _kill(child: subprocess.Popen[bytes], mark: str) -> None:
+    """End the child and all that it started: its process group, and who left that but bears the child's mark."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    while left := [pid for pid in _pids() if pid != os.getpid() and _bears(pid, mark)]:
+        for pid in left:
+            with contextlib.suppress(OSError):  # it ended by itself
+                process = os.pidfd_open(pid)
+                try:
+                    if _bears(pid, mark):  # and its PID is not another's now
+                        signal.pidfd_send_signal(process, signal.SIGKILL)
+                        select.select([process], [], [])
+                finally:
+                    os.close(process)
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal()]
+
+
+def _bears(pid: int, mark: str) -> bool:
+    """Whether a living process has inherited a worker's environment."""
+    try:
+        return f"{MARK}={mark}".encode() in (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:  # it has ended, or is another user's
+        return False
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory since it started; of a container's, its host's."""
+    with contextlib.suppress(OSError):
+        for line in VMSTAT.read_text().splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return 0
+
+
+def _died(returncode: int, log: Path, for_memory: bool) -> dict[str, Any]:
+    """What a child that left no answer died of.
+
+    Args:
+        returncode: The child's.
+        log: Its.
+        for_memory: Whether the kernel killed a process for want of memory meanwhile.
+    """
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - LAST_BYTES))
+        text = stream.read().decode(errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    last = f"; its last words: {lines[-1][:300]}" if lines else ""
+    if "Fatal Python error" in text:  # faulthandler's dump: its first frame says more than its last line
+        frames = (line.strip() for line in text.rpartition("Fatal Python error")[2].splitlines())
+        last = next((f"; it was in {frame}" for frame in frames if frame.startswith("File ")), last)
+    if returncode >= 0:
+        return {
+            "outcome": Outcome.CRASH,
+            "reason": f"the worker ended with code {returncode} and no answer{last}",
+        }
+    name = signal.Signals(-returncode).name
+    if name == "SIGKILL" and for_memory:
+        return {
+            "outcome": Outcome.OOM,
+            "reason": "the kernel killed the worker for want of host memory",
+            "remedy": "Use a smaller model or context, or a machine or container with more memory",
+        }
+    hint = " (the kernel's way when memory runs out: see dmesg)" if name == "SIGKILL" else ""
+    return {
+        "outcome": Outcome.CRASH,
+        "reason": f"the worker was killed by {name}{hint}{last}",
+        "remedy": f"See {log}",
+    }

@@ -1,0 +1,38 @@
+"""Named points at which a test lets happen what cannot be done for real without harm: a full disk, a jumping clock.
+
+`RFLOOR_FAULTS` names those that are on, as in `RFLOOR_FAULTS=record.full,clock.back`; without it nothing happens.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from datetime import UTC, datetime, timedelta
+
+VARIABLE = "RFLOOR_FAULTS"
+RECORD_FULL, MLFLOW_FULL, CLOCK_BACK = "record.full", "mlflow.full", "clock.back"
+JUMP = timedelta(hours=1)
+
+_asked = 0
+
+
+def disk(point: str) -> None:
+    """Fail as a full disk does, if this point is on.
+
+    Raises:
+        OSError: ENOSPC.
+    """
+    if _on(point):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def now() -> datetime:
+    """The time, UTC; with `clock.back` every other call finds the clock set back by an hour."""
+    global _asked
+    _asked += 1
+    back = JUMP if _on(CLOCK_BACK) and _asked % 2 == 0 else timedelta()
+    return datetime.now(UTC) - back
+
+
+def _on(point: str) -> bool:
+    return point in os.environ.get(VARIABLE, "").split(",")

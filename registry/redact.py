@@ -1,0 +1,276 @@
+"""Secrets, and text without them: the one place that knows what must not be told.
+
+A secret is known by its value (what this process's environment or a cell's configuration keeps under a secret's
+name), by the name before it, by its shape, or by its place in an address. What rfloor writes or prints passes through
+here at the border: records, logs, artifacts, what MLflow gets, messages. A name's prefix is free (`HF_TOKEN`,
+`backend.options.api_key`); the tokens that a model counts and the keys that it attends to are no secrets.
+
+The patterns work on bytes, so that a log that is no text can be cleaned too, and each takes linear time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, quote_plus, unquote
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+HIDDEN = "***"
+MARK = HIDDEN.encode()
+SHORTEST = 6
+"""Characters of the shortest value that is looked for in text: a shorter one stands everywhere by chance."""
+ALONE = 10
+"""Characters below which a value is only found where it stands alone, and no part of a longer word."""
+WORDLIKE = 12
+"""Characters below which a value of letters alone or digits alone is taken for a word (`random`) or a number."""
+
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+ALWAYS = {
+    *("password", "passwd", "passphrase", "pgpassword", "secret"),
+    *("credential", "credentials", "apikey", "authorization"),
+}
+"""Words that make a name a secret's wherever they stand in it."""
+KEYS = {"api", "access", "private", "secret", "signing", "encryption", "account", "auth", "master", "ssh"}
+"""What stands before `key` at the end of a secret's name."""
+NO_TOKENS = {
+    *("bos", "eos", "pad", "unk", "sep", "cls", "mask", "per", "next", "last", "first", "new", "prev", "previous"),
+    *("special", "start", "end", "stop", "image", "audio", "video", "input", "output", "each", "one", "a", "the"),
+}
+"""What stands before `token` at the end of a name that is a model's."""
+ABOUT = {"file", "path", "dir", "folder", "name", "id", "length", "len", "count", "type", "policy", "url", "uri"}
+"""Last words of names that tell about a secret and do not hold it."""
+NOTHING = {b"none", b"null", b"true", b"false", b"...", MARK, b""}
+
+HINT = re.compile(rb"(?i:pass|pwd|secret|credential|key|token|authorization)")
+"""Every secret's name has one of these in it."""
+SHAPES = (
+    rb"-----BEGIN[A-Z\s]{0,60}PRIVATE\s{1,40}KEY[A-Z\s]{0,20}-----"  # folded, where YAML was written
+    rb"(?:(?!-----)[\s\S]){0,20000}+(?:-----END[A-Z\s]{0,60}-----)?",
+    rb"hf_(?<![A-Za-z0-9]hf_)[A-Za-z0-9]{20,}+",
+    rb"sk-(?<![\w-]sk-)(?=[A-Za-z_-]{0,40}[0-9])[\w-]{20,}+",
+    rb"[sr]k_(?:live|test)_[A-Za-z0-9]{12,}+",
+    rb"gh[pousr]_[A-Za-z0-9]{30,}+",
+    rb"github_pat_\w{22,}+",
+    rb"glpat-[\w-]{16,}+",
+    rb"A[KS]IA(?<![A-Za-z0-9]A[KS]IA)[A-Z0-9]{16}(?![A-Za-z0-9])",
+    rb"AIza(?<![A-Za-z0-9]AIza)[\w-]{35}",
+    rb"xox[a-z]-[\w-]{10,}+",
+    rb"npm_[A-Za-z0-9]{36}",
+    rb"pypi-AgE[\w-]{16,}+",
+    rb"dapi(?<![A-Za-z0-9]dapi)[0-9a-f]{32}",
+    rb"[Bb][Ee][Aa][Rr][Ee][Rr] (?<![A-Za-z0-9]bearer )[\w.~+/=-]{16,}+",
+)
+SHAPE = re.compile(b"|".join(b"(?:%b)" % shape for shape in SHAPES))
+WEB_TOKEN = re.compile(rb"eyJ[\w.-]++")
+ADDRESS = re.compile(rb"://(?<=[A-Za-z0-9]://)(?!/)\S*+")
+PARAMETER = re.compile(rb"([?&])([\w.%-]{1,60}+)=([^&\s\"'<>]++)")
+HEADER = re.compile(
+    rb"((?i:authorization)[\"']?[ \t]{0,8}[:=][ \t]{0,8}[bru]{0,2}[\"']?)"
+    rb"((?i:(?:bearer|basic|digest|token|negotiate|apikey)[ \t]++)?[^\s\"',;]++)"
+)
+VARIABLE = re.compile(rb"^((?:export |set )?)([A-Z][A-Z0-9_]*+)=([^\r\n]++)", re.MULTILINE)
+NAMED = re.compile(rb"(?<![\w.-])((?:--)?[\w.-]++)([\"']?[ \t]{0,8}[:=][ \t]{0,8}|[\"'],[ \t]{0,8}(?=[\"'bru])|[ ])")
+QUOTED = re.compile(rb"([bru]{0,2}([\"']))((?:\\[\s\S]|(?!\2)[^\\])*+)\2")
+BARE = re.compile(rb"\$\{[^\s{}]*+\}|[^\s\"',;&()\[\]{}<>]++")
+
+
+def redact(text: str) -> str:
+    """`text` without this process's secrets and without what looks like one."""
+    return Redactor(environment_secrets(os.environ)).text(text)
+
+
+class Redactor:
+    """Hides secrets.
+
+    Args:
+        known: Secrets that are to be found by their value, however they are spelt; words and short ones are not.
+    """
+
+    def __init__(self, known: Iterable[str] = ()) -> None:
+        self._known = _values(frozenset(known))
+
+    def text(self, text: str) -> str:
+        """`text` with `***` where secrets stood."""
+        return self.data(text.encode(errors="surrogatepass")).decode(errors="surrogatepass")
+
+    def data(self, data: bytes) -> bytes:
+        """The same of bytes in whatever encoding that begins with ASCII."""
+        if self._known:
+            data = self._known.sub(MARK, data)
+        data = SHAPE.sub(MARK, data)
+        data = WEB_TOKEN.sub(_web_token, data)
+        data = ADDRESS.sub(_address, data)
+        data = PARAMETER.sub(_parameter, data)
+        if not HINT.search(data):  # which spares most logs the dearest pattern
+            return data
+        data = HEADER.sub(rb"\1" + MARK, data)
+        data = VARIABLE.sub(_variable, data)
+        return _without_named(data)
+
+    def plain(self, value: Any) -> Any:
+        """A JSON-like value with `***` for what stands under a secret's name, and in its texts."""
+        if isinstance(value, dict):
+            return {
+                self.plain(k): HIDDEN if secret_name(str(k)) and _is_something(v) else self.plain(v)
+                for k, v in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return type(value)(self.plain(inner) for inner in value)
+        return self.text(value) if type(value) is str else value  # no enumeration's
+
+
+def secret_name(name: str) -> bool:
+    """Whether what is called so is a secret: `HF_TOKEN`, `api_key`, `backend.options.password`."""
+    words = [word.lower() for word in WORD.findall(name.rpartition(".")[2])]
+    if not words or words[-1] in ABOUT:
+        return False
+    before = words[-2] if len(words) > 1 else ""
+    return (
+        bool(ALWAYS & {*words})
+        or (words[-1] == "key" and before in KEYS)
+        or (words[-1] == "token" and before not in NO_TOKENS)
+        or (words[-1] in ("pass", "pwd") and bool(before) and name.isupper())
+    )
+
+
+def environment_secrets(environment: Mapping[str, str]) -> set[str]:
+    """The values of an environment's secrets, and the passwords of the addresses in it."""
+    found = {value for name, value in environment.items() if secret_name(name) and not _there(value)}
+    return found.union(*(_passwords(value) for value in environment.values() if "://" in value))
+
+
+def known_secrets(plain: Any) -> set[str]:
+    """The secrets in a JSON-like value: what stands under a secret's name, and the passwords of addresses."""
+    if isinstance(plain, dict):
+        own = ({*map(str, _leaves(v))} if secret_name(str(k)) else known_secrets(v) for k, v in plain.items())
+        return set().union(*own)
+    if isinstance(plain, list | tuple):
+        return set().union(*map(known_secrets, plain))
+    return _passwords(plain) if isinstance(plain, str) and "://" in plain else set()
+
+
+def _is_something(value: Any) -> bool:
+    return value is not None and value != "" and not isinstance(value, bool)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
+    if inner is not None:
+        for one in inner:
+            yield from _leaves(one)
+    elif _is_something(value):
+        yield value
+
+
+def _there(value: str) -> bool:
+    """Whether a value names a file: credentials often do."""
+    try:
+        return Path(value).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _passwords(text: str) -> set[str]:
+    """What is secret in the addresses of a text."""
+    data = text.encode(errors="surrogatepass")
+    users = (match[0][3:].rpartition(b"@")[0] for match in ADDRESS.finditer(data))
+    found = [user.partition(b":")[2] or user for user in users if user]
+    found += [match[3] for match in PARAMETER.finditer(data) if _secret_parameter(match[2].decode())]
+    return {spelt for one in found for spelt in (one.decode(errors="replace"), unquote(one.decode(errors="replace")))}
+
+
+@lru_cache(maxsize=64)
+def _values(known: frozenset[str]) -> re.Pattern[bytes] | None:
+    """A pattern of every spelling of the values that can be looked for."""
+    spellings: set[bytes] = set()
+    for value in known:
+        if len(value) < SHORTEST or ((value.isalpha() or value.isdigit()) and len(value) < WORDLIKE):
+            continue
+        spelt = {value, quote(value, safe="/"), quote(value, safe=""), quote_plus(value), repr(value)[1:-1]}
+        spelt |= {json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+        spellings |= {one.encode(errors="surrogatepass") for one in spelt}
+    if not spellings:
+        return None
+    longest_first = sorted(spellings, key=len, reverse=True)
+    alternatives = (
+        re.escape(one) if len(one) >= ALONE else rb"(?<![A-Za-z0-9])%b(?![A-Za-z0-9])" % re.escape(one)
+        for one in longest_first
+    )
+    return re.compile(b"|".join(alternatives))
+
+
+def _address(match: re.Match[bytes]) -> bytes:
+    """Without what stands before the last @ of an address, whether or not its slashes are escaped."""
+    before, at, host = match[0].rpartition(b"@")
+    return b"://" + MARK + at + host if len(before) > len(b"://") else match[0]
+
+
+def _web_token(match: re.Match[bytes]) -> bytes:
+    """Header, payload and signature; the full stop of a sentence may follow."""
+    parts = match[0].rstrip(b".").split(b".")
+    signed = len(parts) > 2 and len(parts[0]) > 10 and len(parts[1]) > 7
+    return MARK + match[0][len(match[0].rstrip(b".")) :] if signed else match[0]
+
+
+def _secret_parameter(name: str) -> bool:
+    words = [word.lower() for word in WORD.findall(name)]
+    return secret_name(name) or words in (["key"], ["pwd"], ["pass"]) or words[-1:] in (["sig"], ["signature"])
+
+
+def _parameter(match: re.Match[bytes]) -> bytes:
+    if not _secret_parameter(match[2].decode(errors="replace")):
+        return match[0]
+    return match[1] + match[2] + b"=" + MARK
+
+
+def _variable(match: re.Match[bytes]) -> bytes:
+    """A line of an environment: the value ends where the line does."""
+    if not secret_name(match[2].decode()) or _is_nothing(match[3]):
+        return match[0]
+    return match[1] + match[2] + b"=" + MARK
+
+
+def _without_named(data: bytes) -> bytes:
+    """Without what stands behind a secret's name."""
+    kept, done = [], 0
+    for match in NAMED.finditer(data):
+        if match.start() >= done and secret_name(match[1].decode(errors="replace")):
+            start, end = _value(match, data)
+            kept += [data[done:start], MARK] if end else []
+            done = end or done
+    return b"".join([*kept, data[done:]])
+
+
+def _value(match: re.Match[bytes], data: bytes) -> tuple[int, int]:
+    """Where the value behind a secret's name begins and ends; both 0 where there is none to hide."""
+    name, between = match[1], match[2]
+    if between == b" " and not name.startswith(b"--"):
+        return 0, 0
+    if quoted := QUOTED.match(data, match.end()):
+        return (0, 0) if _is_nothing(quoted[3]) else quoted.span(3)
+    bare = BARE.match(data, match.end())
+    if bare is None or _is_nothing(bare[0]):
+        return 0, 0
+    typed = name.startswith(b"--") or name.isupper() or (b"." in name and between == b"=")  # and not of a program
+    return bare.span() if typed or _credential(name.decode(errors="replace"), bare[0]) else (0, 0)
+
+
+def _credential(name: str, value: bytes) -> bool:
+    """Whether a bare value after a plain name is one: code and prose say `token = ...` too."""
+    if not name.lower().endswith("token"):
+        return True
+    return bool(re.fullmatch(rb"[\w.~+/=-]{8,}", value) and re.search(rb"\d", value))
+
+
+def _is_nothing(value: bytes) -> bool:
+    return (
+        value.lower() in NOTHING
+        or value.startswith(b"${")
+        or (value.startswith((b"/", b"~")) and _there(value.decode(errors="replace")))
+    )

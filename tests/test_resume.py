@@ -1,0 +1,277 @@
+"""Sweeps that were cut short, and taken up again."""
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+from sweeps import PATIENCE_S, Start, Sweep, assert_nothing_left, database, marked
+from test_record import made_up_record
+
+from registry import cli
+from registry import manifest as manifests
+from registry import record as records
+from registry.manifest import Manifest, Planned
+from registry.outcome import Outcome
+from registry.resume import look
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")  # sqlalchemy on MLflow
+
+A, B, C = (letter * 16 for letter in "abc")
+OLD, NEW = "20260701-101010-abcd", "20260702-101010-abcd"
+
+
+def kept(folder: Path, cell_id: str, sweep_id: str = OLD, index: int = 0, **changes: object) -> records.Record:
+    """A record on disk; ok unless it is said otherwise."""
+    given = {"outcome": Outcome.OK, "reason": "", "remedy": "", "step_times_ms": [1.0]} | changes
+    record = made_up_record(cell_id=cell_id, sweep_id=sweep_id, index=index, **given)
+    records.write(record, folder)
+    return record
+
+
+def begun(folder: Path, sweep_id: str, *cells: str, sessions: int = 1) -> None:
+    """The manifest of a sweep of these cells."""
+    jobs = [(session, cell) for session in range(sessions) for cell in cells]
+    planned = [Planned(place, cell, session, "", cell) for place, (session, cell) in enumerate(jobs)]
+    held = manifests.hold(Manifest(sweep_id, "2026-07-01T10:10:10+00:00", planned), folder)
+    assert held
+    held.close()
+
+
+# What is left
+
+
+def test_only_what_has_no_ok_record_is_left(tmp_path: Path) -> None:
+    kept(tmp_path, A)
+    kept(tmp_path, B, outcome=Outcome.CRASH, reason="broken", step_times_ms=[])
+    before = look([(A, 0, ""), (B, 0, ""), (C, 0, "")], tmp_path, profiled=False)
+    assert before.sweep_id == OLD
+    assert [*before.found] == [0]
+    assert before.found[0].cell_id == A
+
+
+def test_where_nothing_was_begun_nothing_goes_on(tmp_path: Path) -> None:
+    kept(tmp_path, C)
+    before = look([(A, 0, ""), (B, 0, "")], tmp_path, profiled=False)
+    assert (before.sweep_id, before.found, before.places) == ("", {}, [0, 1])
+
+
+def test_a_sweep_that_was_killed_in_its_first_cell_keeps_its_name_and_places(tmp_path: Path) -> None:
+    begun(tmp_path, OLD, A, B, sessions=2)
+    before = look([(B, 1, ""), (A, 0, ""), (C, 0, "")], tmp_path, profiled=False)
+    assert before.sweep_id == OLD
+    assert before.places == [3, 0, 4]
+
+
+def test_the_sweep_that_goes_on_is_the_one_that_shares_most(tmp_path: Path) -> None:
+    begun(tmp_path, OLD, A, B, C)
+    kept(tmp_path, A, OLD, 0)
+    begun(tmp_path, NEW, B)
+    kept(tmp_path, B, NEW, 0)
+    before = look([(A, 0, ""), (B, 0, ""), (C, 0, "")], tmp_path, profiled=False)
+    assert before.sweep_id == OLD
+    assert {place: record.sweep_id for place, record in before.found.items()} == {0: OLD, 1: NEW}
+    begun(tmp_path, NEW, A, B, C)
+    assert look([(A, 0, ""), (B, 0, ""), (C, 0, "")], tmp_path, profiled=False).sweep_id == NEW
+
+
+def test_sessions_and_experiments_are_told_apart(tmp_path: Path) -> None:
+    kept(tmp_path, A, index=0, session=1)
+    kept(tmp_path, A, index=1, experiment="arms")
+    jobs = [(A, 0, ""), (A, 1, ""), (A, 0, "arms"), (A, 1, "arms")]
+    assert [*look(jobs, tmp_path, profiled=False).found] == [1, 2]
+
+
+def test_a_cell_that_is_asked_for_twice_needs_two_records(tmp_path: Path) -> None:
+    kept(tmp_path, A)
+    assert [*look([(A, 0, ""), (A, 0, "")], tmp_path, profiled=False).found] == [0]
+    kept(tmp_path, A, index=1)
+    assert [*look([(A, 0, ""), (A, 0, "")], tmp_path, profiled=False).found] == [0, 1]
+
+
+def test_a_record_without_the_profile_that_is_asked_for_is_not_enough(tmp_path: Path) -> None:
+    kept(tmp_path, A)
+    assert look([(A, 0, "")], tmp_path, profiled=True).found == {}
+    kept(tmp_path, A, index=1, measured={"profile": {}})
+    assert [*look([(A, 0, "")], tmp_path, profiled=True).found] == [0]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"null", b"\xff", b'{"schema_version": 99}'])
+def test_a_damaged_record_is_named_and_measured_again(tmp_path: Path, damage: bytes) -> None:
+    file = records.write(kept(tmp_path, A), tmp_path)
+    file.write_bytes(damage)
+    begun(tmp_path, OLD, A)
+    before = look([(A, 0, "")], tmp_path, profiled=False)
+    assert before.sweep_id == OLD
+    assert before.found == {}
+    [problem] = before.problems
+    assert problem.startswith(f"{file}: ")
+    assert records.next_attempt(tmp_path, A, OLD, 0) == 2
+
+
+# The manifest
+
+
+DAMAGED_MANIFESTS: dict[str, dict[str, Any]] = {
+    "another sweep's": {"sweep_id": NEW},
+    "no name": {"sweep_id": {"a": 1}},
+    "no time": {"started_at": [1]},
+    "no jobs": {"jobs": None},
+    "a text for a job": {"jobs": ["x"]},
+    "a place that is none": {"jobs": [{"index": None, "cell_id": A, "session": 0, "experiment": "", "label": ""}]},
+    "an identity that is none": {"jobs": [{"index": 0, "cell_id": [], "session": 0, "experiment": "", "label": ""}]},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_MANIFESTS)
+def test_a_manifest_of_the_wrong_types_is_none(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun(tmp_path, OLD, A)
+    file = manifests.path(tmp_path, OLD)
+    file.write_text(json.dumps(json.loads(file.read_text()) | DAMAGED_MANIFESTS[damage]))
+    with pytest.raises(records.BadRecord, match=str(file)):
+        manifests.read(file)
+    assert look([(A, 0, "")], tmp_path, profiled=False).sweep_id == ""
+    assert cli.main(["status", str(tmp_path)]) == 0
+    assert OLD not in capsys.readouterr().out
+
+
+def test_a_manifest_without_jobs_goes_on_with_the_first_place(tmp_path: Path) -> None:
+    begun(tmp_path, OLD)
+    kept(tmp_path, A, OLD)
+    assert look([(A, 0, ""), (B, 0, "")], tmp_path, profiled=False).places == [0, 1]
+
+
+def test_a_sweep_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    plan = Manifest(OLD, "2026-07-01T10:10:10+00:00", [Planned(0, A, 0, "", "a")])
+    held = manifests.hold(plan, tmp_path)
+    assert held
+    assert manifests.is_held(tmp_path, OLD)
+    assert manifests.hold(plan, tmp_path) is None
+    held.close()
+    assert not manifests.is_held(tmp_path, OLD)
+    again = manifests.extended(tmp_path, OLD, [Planned(1, B, 0, "", "b")])
+    assert [job.cell_id for job in again.jobs] == [A, B]
+    assert again.started_at == plan.started_at
+
+
+# Records by their beginnings
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_head_is_what_the_record_says(tmp_path: Path, earlier: bool) -> None:
+    record = kept(tmp_path, A, label="x" * 300, session=3, step_times_ms=[1.5] * 2000)
+    file = records.path(tmp_path, A, OLD, 0)
+    if earlier:  # another order, and without what records have had since
+        content = {key: value for key, value in json.loads(file.read_text()).items() if key != "attempt"}
+        file.write_text(json.dumps(dict(reversed(content.items())), indent=1))
+    assert records.head(file) == {name: getattr(record, name) for name in records.HEAD}
+
+
+@pytest.mark.parametrize("cut", [0, 10, 3000, 5000, -3])
+def test_a_head_of_a_cut_record_is_none(tmp_path: Path, cut: int) -> None:
+    kept(tmp_path, A, step_times_ms=[1.5] * 2000)
+    file = records.path(tmp_path, A, OLD, 0)
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(records.BadRecord, match=str(file)):
+        records.head(file)
+
+
+# Whole sweeps
+
+
+def until_it_hangs(sweep: Sweep) -> None:
+    """Wait until a worker of the sweep waits for the file called go."""
+    end = time.monotonic() + PATIENCE_S
+    while not any("hanging now" in log.read_text() for log in sweep.folder.glob("records/*/*.log")):
+        assert sweep.process.poll() is None, sweep.process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def until_all_are_gone(sweep: Sweep) -> None:
+    end = time.monotonic() + 10
+    while left := list(marked(sweep.mark)):
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+
+
+def statuses(sweep: Sweep) -> Counter[tuple[str, str]]:
+    """Status and outcome of the sweep's runs in MLflow."""
+    client = MlflowClient(database(sweep.home))
+    [sweep_id] = {file.stem for file in sweep.folder.glob("records/sweeps/*.json")}
+    found = client.search_runs(
+        [client.get_experiment_by_name("rfloor").experiment_id], f"tags.sweep_id = '{sweep_id}'"
+    )
+    return Counter((run.info.status, run.data.tags.get("outcome", "")) for run in found)
+
+
+def test_a_killed_sweep_goes_on_where_it_was(start: Start) -> None:
+    call = ("backend=hf,waits", "attention=sdpa,sdpa-math")
+    killed = start(*call)
+    until_it_hangs(killed)
+    os.kill(killed.process.pid, signal.SIGKILL)
+    killed.end()
+    until_all_are_gone(killed)
+    before = {record["record_id"] for record in killed.records()}
+    assert len(before) == 2
+    assert statuses(killed) == {("FINISHED", "ok"): 2, ("RUNNING", ""): 1}
+    (killed.folder / "go").touch()
+    ended = start(*call, "resume=true", after=killed).end()
+    assert ended.code == 0, ended.stderr
+    assert "2 of 4 are measured" in ended.stdout
+    found = ended.records()
+    assert [record["outcome"] for record in found] == ["ok"] * 4
+    assert [record["index"] for record in found] == [0, 1, 2, 3]
+    assert len({record["sweep_id"] for record in found}) == 1
+    assert before < {record["record_id"] for record in found}
+    assert [record["attempt"] for record in found] == [1, 1, 2, 1]  # of the first at 2 there is a log
+    assert statuses(ended) == {("FINISHED", "ok"): 4, ("KILLED", ""): 1}
+    assert ended.left_processes == []
+    again = start(*call, "resume=true", after=ended).end()
+    assert again.code == 0
+    assert "4 of 4 are measured" in again.stdout
+    assert again.records() == found
+
+
+def test_what_failed_is_tried_again_and_the_last_attempt_counts(start: Start) -> None:
+    failed = start("backend=fails-first").end()
+    assert failed.code == 1
+    [first] = failed.records()
+    (failed.folder / "go").touch()
+    ended = start("backend=fails-first", "resume=true", after=failed).end()
+    assert ended.code == 0, ended.stderr
+    assert sorted((r["attempt"], r["outcome"]) for r in ended.records()) == [(1, "crash"), (2, "ok")]
+    assert first in ended.records()
+    assert statuses(ended) == {("FAILED", "crash"): 1, ("FINISHED", "ok"): 1}
+    assert_nothing_left(ended)
+
+
+def test_a_sweep_that_runs_is_left_alone(start: Start) -> None:
+    """Neither is it taken up a second time, nor does another call end its runs."""
+    running = start("backend=waits")
+    until_it_hangs(running)
+    refused = start("backend=waits", "resume=true", after=running)
+    said = refused.process.communicate(timeout=PATIENCE_S)
+    assert refused.process.returncode == 2
+    assert "another process measures the sweep" in said[1]
+    start("backend=hf").end()
+    assert statuses(running) == {("RUNNING", ""): 1}
+    (running.folder / "go").touch()
+    assert running.end().code == 0
+    assert statuses(running) == {("FINISHED", "ok"): 1}
+
+
+def test_a_dry_run_tells_what_is_left(start: Start) -> None:
+    failed = start("backend=hf,fails-first").end()
+    files = sorted(failed.folder.rglob("records/**/*"))
+    told = start("backend=hf,fails-first", "resume=true", "dry_run=true", after=failed).end()
+    assert told.code == 0
+    assert "1 of 2 are measured" in told.stdout
+    assert sorted(failed.folder.rglob("records/**/*")) == files
