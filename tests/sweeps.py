@@ -151,6 +151,14 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
+def told(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that bad input is answered with."""
+    assert (done.returncode, done.stdout) == (2, ""), done.stdout + done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("rfloor: ")
+    return line
+
+
 def assert_told(sweep: Sweep, record: dict[str, Any], outcome: str, reason: str, remedy: str) -> None:
     """The cell's outcome, reason and remedy are in its record and in what was printed."""
     assert record["outcome"] == outcome, record["reason"]

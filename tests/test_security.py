@@ -1,7 +1,6 @@
 """What a call, a YAML file, a model folder or a plugin tries that is none of its business."""
 
 import ast
-import dataclasses
 import json
 import os
 import pickle
@@ -19,8 +18,9 @@ import pytest
 import torch
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from sweeps import Start
+from sweeps import Start, told
 from test_record import made_up_cell, made_up_record
+from test_weights import small as small
 from transformers import AutoModelForCausalLM
 
 from registry import cli, logs, sweep
@@ -92,14 +92,6 @@ def call(site: Path, tmp_path: Path) -> Call:
         return done
 
     return call
-
-
-def told(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that bad input is answered with."""
-    assert (done.returncode, done.stdout) == (2, ""), done.stdout + done.stderr
-    [line] = done.stderr.splitlines()
-    assert line.startswith("rfloor: ")
-    return line
 
 
 FLAGS = ("--experimental-rerun", "--config-dir", "--config-path", "--config-name", "--experimental-r")
@@ -367,11 +359,6 @@ def test_a_shell_that_cannot_be_completed_for_is_told(call: Call, arguments: lis
 
 
 # Model folders
-
-
-@pytest.fixture(scope="module")
-def small(architecture: Architecture) -> Architecture:
-    return dataclasses.replace(architecture, name="small", layers=1, vocab=32, ffn=32)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from planning import CPU, H200, Plan, refused
 from safetensors.numpy import save_file
+from sweeps import told
 
 from registry import floor, identity, sweep
 from registry.api import LinearFormat, Requirement, unsupported
@@ -59,14 +60,6 @@ def call(light: dict[str, str], tmp_path: Path) -> Call:
         return done
 
     return call
-
-
-def told(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that bad input is answered with."""
-    assert (done.returncode, done.stdout) == (2, ""), done.stdout + done.stderr
-    [line] = done.stderr.splitlines()
-    assert line.startswith("rfloor: ")
-    return line
 
 
 # Bad input
