@@ -116,11 +116,15 @@ class Server:
     Args:
         database: Its backend store.
         home: A folder of its own.
+        workers: Its processes. Each opens the database at its first request, and while that is down tries again
+            after pauses that double up to a minute, in which it answers nobody: a test that stops the database
+            wants one worker, which it has asked something before.
     """
 
-    def __init__(self, database: str, home: Path) -> None:
+    def __init__(self, database: str, home: Path, workers: int = 1) -> None:
         self._database = database
         self._home = home
+        self._workers = workers
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
@@ -132,7 +136,7 @@ class Server:
         command = [
             *("setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "mlflow", "server"),
             *("--backend-store-uri", self._database, "--artifacts-destination", f"{self._home}/artifacts"),
-            *("--host", "127.0.0.1", "--port", str(self._port), "--workers", "2"),
+            *("--host", "127.0.0.1", "--port", str(self._port), "--workers", str(self._workers)),
         ]
         with (self._home / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -173,9 +177,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(database: str, home: Path) -> Iterator[Server]:
+def server(database: str, home: Path, workers: int = 1) -> Iterator[Server]:
     """A running server."""
-    made = Server(database, home)
+    made = Server(database, home, workers)
     try:
         made.start()
         yield made

@@ -66,11 +66,11 @@ def postgresql() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def served(postgresql: Cluster, tmp_path: Path) -> Iterator[Server]:
-    """A server on a database of its own, which nobody has used yet."""
+def served(request: pytest.FixtureRequest, postgresql: Cluster, tmp_path: Path) -> Iterator[Server]:
+    """A server of one worker, or of as many as the parameter says, on a database that nobody has used yet."""
     folder = tmp_path / "server"
     folder.mkdir()
-    with server(postgresql.database(f"db{uuid.uuid4().hex}"), folder) as started:
+    with server(postgresql.database(f"db{uuid.uuid4().hex}"), folder, getattr(request, "param", 1)) as started:
         yield started
 
 
@@ -276,6 +276,7 @@ def test_imports_while_a_sweep_goes_on_leave_it_its_runs(importer: Import, start
     assert_each_once(database(tmp_path), sweep.folder / "records")
 
 
+@pytest.mark.parametrize("served", [2], indirect=True, ids=["two workers"])
 def test_sixteen_writers_share_a_server(
     served: Server, importer: Import, start: Start, composer: Composer, tmp_path: Path
 ) -> None:
