@@ -203,7 +203,7 @@ def tell_status(found: Sequence[Status], in_full: bool) -> None:
     out.print(table)
     lines = []
     for one in found if in_full else ():
-        lines += [f"{head['outcome']} {head['label']}: {file}" for head, file in one.failed]
+        lines += [f"{head.outcome} {head.label}: {file}" for head, file in one.failed]
         lines += [f"missing {job.label}" for job in one.missing]
     if any(one.state == "cut short" or one.failed for one in found):
         lines.append("The call of a sweep, given again with resume=true, measures what failed or is missing.")

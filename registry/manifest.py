@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry import faults
 from registry.locks import held
-from registry.record import BadRecord, read_json, write_json
+from registry.record import BadRecord, What, read_json, write_json
 from registry.schema import from_plain
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ class Planned:
     label: str
 
     @property
-    def what(self) -> tuple[str, int, str]:
-        """What a record has in common with it."""
-        return self.cell_id, self.session, self.experiment
+    def what(self) -> What:
+        """What a record of it answers."""
+        return What(self.cell_id, self.session, self.experiment)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import os
 import secrets
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry import faults, files
 from registry.outcome import Outcome
@@ -34,49 +35,75 @@ STUDY_KEYS = (
     "source",
 )
 """Keys of the study's own cell files; they stand at the top level of a record, beside rfloor's."""
-HEAD = (
-    "record_id",
-    "cell_id",
-    "sweep_id",
-    "index",
-    "session",
-    "attempt",
-    "kind",
-    "experiment",
-    "outcome",
-    "label",
-    "started_at",
-    "wall_s",
-)
-"""What stands first in a record's file, so that thousands can be told apart by their beginnings (`head`)."""
 HEAD_BYTES = 4096
+"""Within which a record's head lies."""
 
 
 class BadRecord(Exception):
     """A file that is no cell record, or one of a schema that this version cannot read."""
 
 
-@dataclass
-class Record:
-    """What is known of one cell after one session.
+class What(NamedTuple):
+    """What a record answers; what it is recognised by when its sweep is taken up again.
+
+    Attributes:
+        cell_id: The identity of what is measured (`registry.identity`).
+        session: Of how many times a sweep measures the cell this is which, from 0.
+        experiment: Name of the experiment that it is measured for; empty for none.
+    """
+
+    cell_id: str
+    session: int
+    experiment: str
+
+
+@dataclass(kw_only=True)
+class Head:
+    """What stands first in a record's file, so that thousands can be told apart by their beginnings (`head`).
 
     Attributes:
         record_id: Unique; what an import recognises a record by.
-        cell_id: The identity of what was measured (`registry.identity`).
+        cell_id: See `What`.
         sweep_id: The call that it belongs to.
         index: Its place in that sweep, from 0.
-        kind: `step` for a whole decode step, `attention` for a kernel alone: what was timed.
-        experiment: Name of the experiment that it was measured for; empty for none.
-        session: Of how many times the sweep measured the cell this is which, from 0.
+        session: See `What`.
         attempt: Of how often the sweep tried the session this is which, from 1: a resumed sweep tries again.
-        registration: SHA-256 of what was registered of that experiment before its first cell ran; empty for none.
+        kind: `step` for a whole decode step, `attention` for a kernel alone: what was timed.
+        experiment: See `What`.
         outcome: How it ended.
         label: The cell in one line.
+        started_at: UTC, ISO 8601.
+        wall_s: Seconds from planning to the end, loading included.
+    """
+
+    record_id: str
+    cell_id: str
+    sweep_id: str
+    index: int
+    session: int = 0
+    attempt: int = 1
+    kind: str = "step"
+    experiment: str = ""
+    outcome: Outcome
+    label: str
+    started_at: str
+    wall_s: float
+
+    @property
+    def what(self) -> What:
+        """What it answers."""
+        return What(self.cell_id, self.session, self.experiment)
+
+
+@dataclass(kw_only=True)
+class Record(Head):
+    """What is known of one cell after one session.
+
+    Attributes:
+        registration: SHA-256 of what was registered of that experiment before its first cell ran; empty for none.
         reason: Why it ended so, empty for ok.
         remedy: What would mend it, may be empty.
         warnings: What weakens the figures.
-        started_at: UTC, ISO 8601.
-        wall_s: Seconds from planning to the end, loading included.
         config: The resolved configuration.
         environment: Device, driver, versions, commit.
         step_times_ms: Wall clock of each measured step.
@@ -88,20 +115,8 @@ class Record:
         study: The study's own keys.
     """
 
-    record_id: str
-    cell_id: str
-    sweep_id: str
-    index: int
-    outcome: Outcome
-    label: str
-    started_at: str
-    wall_s: float
     config: dict[str, Any]
     environment: dict[str, Any]
-    kind: str = "step"
-    experiment: str = ""
-    session: int = 0
-    attempt: int = 1
     registration: str = ""
     reason: str = ""
     remedy: str = ""
@@ -117,7 +132,7 @@ class Record:
     def plain(self) -> dict[str, Any]:
         """The record as its file holds it."""
         content = asdict(self)
-        head = {name: content.pop(name) for name in HEAD}
+        head = {name: content.pop(name) for name in _names(Head)}
         return {"schema_version": SCHEMA_VERSION, **head, **content.pop("study"), **content}
 
 
@@ -167,11 +182,8 @@ def read(file: Path) -> Record:
         raise BadRecord(f"{file}: {error}") from error
 
 
-def head(file: Path) -> dict[str, Any]:
+def head(file: Path) -> Head:
     """What a record's file says of itself before its figures, at a twentieth of the time that `read` takes.
-
-    Returns:
-        `HEAD`, with the defaults of what a record of an earlier version lacks.
 
     Raises:
         BadRecord: See `read`; of a whole file only the beginning is checked.
@@ -186,12 +198,13 @@ def head(file: Path) -> dict[str, Any]:
                 content = json.loads(begins) if whole else None
                 if isinstance(content, dict):
                     types = TYPES | LATER
-                    _check(content, {name: types[name] for name in HEAD}, {})
-                    return {name: content[name] for name in HEAD}
+                    _check(content, {name: types[name] for name in _names(Head)}, {})
+                    own = {name: content[name] for name in _names(Head)}
+                    return Head(**{**own, "outcome": Outcome(own["outcome"])})
     except (OSError, ValueError, BadRecord):  # of an earlier version, which has another order, or no record at all
         pass
     found = read(file)
-    return {name: getattr(found, name) for name in HEAD}
+    return Head(**{name: getattr(found, name) for name in _names(Head)})
 
 
 def read_json(file: Path) -> Any:
@@ -229,10 +242,16 @@ def from_plain(content: Any) -> Record:
             raise BadRecord(f"environment.{name} is a {type(content['environment'][name]).__name__}")
     if content["outcome"] == Outcome.OK and not content.get(TIMED[kind_of]):
         raise BadRecord(f"the outcome is ok and there are no {TIMED[kind_of]}")
-    known = {f.name for f in fields(Record)} - {"study"}
+    known = {*_names(Record)} - {"study"}
     values = {name: value for name, value in content.items() if name in known}
     values["outcome"] = Outcome(values["outcome"])
     return Record(**values, study={key: content[key] for key in STUDY_KEYS if key in content})
+
+
+@cache
+def _names(kind: type[Head]) -> tuple[str, ...]:
+    """The names of its fields, in order."""
+    return tuple(f.name for f in fields(kind))
 
 
 def _check(content: dict[str, Any], needed: Mapping[str, Types], known: Mapping[str, Types]) -> None:

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from registry.manifest import Manifest
-    from registry.record import Record
-
-What = tuple[str, int, str]
-"""Identity of a cell, session, and name of the experiment that it is measured for."""
+    from registry.record import Record, What
 
 
 @dataclass
@@ -50,18 +47,14 @@ def look(jobs: Sequence[What], folder: Path, profiled: bool) -> Before:
     plans = {one.sweep_id: one for one in manifests(folder)}
     shared: dict[str, set[What]] = {name: {job.what for job in plan.jobs} & set(jobs) for name, plan in plans.items()}
     for record in kept:  # of a sweep without a manifest, as earlier versions left them, or of one with
-        shared.setdefault(record.sweep_id, set()).add(_what(record))
+        shared.setdefault(record.sweep_id, set()).add(record.what)
     sweep_id = max((name for name in shared if shared[name]), key=lambda name: (len(shared[name]), name), default="")
     ok: dict[What, list[Record]] = defaultdict(list)
     for record in sorted(kept, key=lambda one: (one.sweep_id != sweep_id, one.started_at)):
         if record.outcome is Outcome.OK and (not profiled or "profile" in record.measured):
-            ok[_what(record)].append(record)
+            ok[record.what].append(record)
     found = {place: ok[what].pop(0) for place, what in enumerate(jobs) if ok[what]}
     return Before(sweep_id, _places(jobs, plans.get(sweep_id)), found, problems)
-
-
-def _what(record: Record) -> What:
-    return record.cell_id, record.session, record.experiment
 
 
 def _records(cells: Iterable[str], folder: Path) -> tuple[list[Record], list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from registry import record as records
 from registry.manifest import FOLDER, is_held, manifests
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from registry.manifest import Planned
-
-Head = dict[str, Any]
+    from registry.record import Head
 
 
 @dataclass
@@ -65,25 +64,21 @@ def statuses(folder: Path) -> tuple[list[Status], list[str]]:
         except records.BadRecord as error:
             problems.append(str(error))
             continue
-        last = heads[head["sweep_id"]].get(head["index"])
-        if last is None or last[0]["attempt"] < head["attempt"]:
-            heads[head["sweep_id"]][head["index"]] = head, file
+        last = heads[head.sweep_id].get(head.index)
+        if last is None or last[0].attempt < head.attempt:
+            heads[head.sweep_id][head.index] = head, file
     plans = {plan.sweep_id: plan for plan in manifests(folder)}
-    ok = {_what(head) for own in heads.values() for head, _ in own.values() if head["outcome"] == Outcome.OK}
+    ok = {head.what for own in heads.values() for head, _ in own.values() if head.outcome == Outcome.OK}
     found = []
     for sweep_id in sorted({*heads, *plans}):
         own = heads[sweep_id]
-        failed = [(head, file) for _, (head, file) in sorted(own.items()) if _what(head) not in ok]
+        failed = [(head, file) for _, (head, file) in sorted(own.items()) if head.what not in ok]
         if plan := plans.get(sweep_id):
             missing = [job for job in plan.jobs if job.index not in own and job.what not in ok]
             done = len(plan.jobs) - len(missing) - len(failed)
             running = is_held(folder, sweep_id)
             found.append(Status(sweep_id, plan.started_at, len(plan.jobs), done, failed, missing, running))
         else:
-            began = min(str(head["started_at"]) for head, _ in own.values())
+            began = min(head.started_at for head, _ in own.values())
             found.append(Status(sweep_id, began, None, len(own) - len(failed), failed))
     return found, sorted(problems)
-
-
-def _what(head: Head) -> tuple[str, int, str]:
-    return head["cell_id"], head["session"], head["experiment"]

@@ -35,6 +35,7 @@ from registry.manifest import Planned
 from registry.outcome import BadInput
 from registry.plan import Cell, Planner
 from registry.plugins import Catalog
+from registry.record import What
 from registry.redact import known_secrets, redact
 from registry.resume import look
 from registry.sessions import order
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from registry.call import Call
     from registry.display import Reporter
     from registry.record import Record
-    from registry.resume import What
     from registry.schema import Config, TrackingConfig
 
 BAD_INPUT = 2
@@ -79,8 +79,8 @@ class Job:
 
     @property
     def what(self) -> What:
-        """What a record of it is recognised by."""
-        return self.cell.cell_id, self.session, self.cell.experiment
+        """What a record of it answers."""
+        return What(self.cell.cell_id, self.session, self.cell.experiment)
 
 
 @dataclass

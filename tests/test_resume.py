@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_a_head_is_what_the_record_says(tmp_path: Path, earlier: bool) -> None:
     if earlier:  # another order, and without what records have had since
         content = {key: value for key, value in json.loads(file.read_text()).items() if key != "attempt"}
         file.write_text(json.dumps(dict(reversed(content.items())), indent=1))
-    assert records.head(file) == {name: getattr(record, name) for name in records.HEAD}
+    assert records.head(file) == records.Head(**{f.name: getattr(record, f.name) for f in fields(records.Head)})
 
 
 @pytest.mark.parametrize("cut", [0, 10, 3000, 5000, -3])
