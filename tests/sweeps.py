@@ -55,6 +55,15 @@ class Sweep:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
+    def until_it_hangs(self, cell: str = "*") -> None:
+        """Wait until a worker prints that it hangs, that of the cell with this index or any."""
+        wait_for(lambda: self._hangs(cell), f"cell {cell} does not hang")
+
+    def _hangs(self, cell: str) -> bool:
+        assert self.process.poll() is None, self.process.communicate()
+        logs = self.folder.glob(f"records/*/*-{cell}.log")  # hidden, until its worker ends
+        return any("hanging now" in log.read_text() for log in logs)
+
     def written(self) -> list[Path]:
         """The files of its records so far."""
         return [*self.folder.glob(f"records/{'[0-9a-f]' * 16}/*.json")]
@@ -102,14 +111,17 @@ class Sweep:
 def launch(home: Path, tracking: Sequence[str], *overrides: str, after: Sweep | None = None) -> Sweep:
     """Start a sweep over the tiny model, whose every file but MLflow's goes to a folder under `home`.
 
-    The folder is its own, or that of a sweep that was there before.
+    The folder is its own, or that of a sweep that was there before. What the overrides say themselves goes before
+    the model, device and context that a sweep has otherwise.
     """
     mark = after.mark if after else f"sweep-{uuid.uuid4().hex}"
     folder = home / mark
     for name in ("cwd", "tmp"):
         (folder / name).mkdir(parents=True, exist_ok=after is not None)
     kept = [f"records={folder}/records", f"cache.folder={folder}/cache"]
-    fixed = ["model=tiny", "gpu=cpu", "context=32", "protocol.threads=1", *kept, *tracking]
+    given = {override.partition("=")[0] for override in overrides}
+    usual = {"model": "tiny", "gpu": "cpu", "context": "32", "protocol.threads": "1"}
+    fixed = [*(f"{key}={value}" for key, value in usual.items() if key not in given), *kept, *tracking]
     path = os.pathsep.join(filter(None, [str(FAULTS), os.environ.get("PYTHONPATH")]))
     # Inductor, once it has compiled in this process, says here where it keeps what it makes.
     inherited = {name: value for name, value in os.environ.items() if name not in KERNELS}

@@ -187,15 +187,6 @@ def test_a_head_of_a_cut_record_is_none(tmp_path: Path, cut: int) -> None:
 # Whole sweeps
 
 
-def until_it_hangs(sweep: Sweep) -> None:
-    """Wait until a worker of the sweep waits for the file called go."""
-    end = time.monotonic() + PATIENCE_S
-    while not any("hanging now" in log.read_text() for log in sweep.folder.glob("records/*/*.log")):
-        assert sweep.process.poll() is None, sweep.process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def until_all_are_gone(sweep: Sweep) -> None:
     end = time.monotonic() + 10
     while left := list(marked(sweep.mark)):
@@ -216,7 +207,7 @@ def statuses(sweep: Sweep) -> Counter[tuple[str, str]]:
 def test_a_killed_sweep_goes_on_where_it_was(start: Start) -> None:
     call = ("backend=hf,waits", "attention=sdpa,sdpa-math")
     killed = start(*call)
-    until_it_hangs(killed)
+    killed.until_it_hangs()
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.end()
     until_all_are_gone(killed)
@@ -257,7 +248,7 @@ def test_what_failed_is_tried_again_and_the_last_attempt_counts(start: Start) ->
 def test_a_sweep_that_runs_is_left_alone(start: Start) -> None:
     """Neither is it taken up a second time, nor does another call end its runs."""
     running = start("backend=waits")
-    until_it_hangs(running)
+    running.until_it_hangs()
     refused = start("backend=waits", "resume=true", after=running)
     said = refused.process.communicate(timeout=PATIENCE_S)
     assert refused.process.returncode == 2

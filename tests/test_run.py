@@ -205,12 +205,6 @@ def test_compilers_keep_what_they_make_in_the_cache_unless_told_otherwise(
 # Hanging, and signals
 
 
-def hangs(sweep: Sweep, log: str) -> bool:
-    """Whether a cell hangs by now, told by what it prints into its log."""
-    assert sweep.process.poll() is None, sweep.process.communicate()
-    return any("hanging now" in file.read_text() for file in sweep.folder.glob(f"records/*/{log}"))
-
-
 def assert_interrupted(sweep: Sweep, first: int) -> None:
     """From this cell on every one ended as interrupted, and so did the sweep."""
     hanging, *rest = sweep.records()[first:]
@@ -226,7 +220,7 @@ def assert_interrupted(sweep: Sweep, first: int) -> None:
 
 def test_an_interrupted_sweep_loses_no_cell(start: Start) -> None:
     sweep = start("backend=hangs-in-step,hf,needs")
-    wait_for(lambda: hangs(sweep, "*-0.log"), "the first cell does not hang")
+    sweep.until_it_hangs("0")
     sweep.process.send_signal(signal.SIGINT)
     assert_interrupted(sweep.end(), first=0)
     assert len(sweep.records()) == len(sweep.runs()) == 3
@@ -315,7 +309,7 @@ def hung(start: Start, faulty: Sweep) -> Sweep:
     """
     timeout_s = 3 + round(2 * faulty.record("raises")["wall_s"])
     sweep = start("backend=hangs", f"protocol.timeout_s={timeout_s},1800")
-    wait_for(lambda: hangs(sweep, "*-1.log"), "the second cell does not hang")
+    sweep.until_it_hangs("1")
     sweep.process.send_signal(signal.SIGTERM)
     return sweep.end()
 
@@ -336,7 +330,7 @@ def test_a_sweep_that_is_asked_to_end_loses_no_cell(hung: Sweep) -> None:
 
 def test_a_worker_dies_with_its_parent(start: Start) -> None:
     sweep = start("backend=hangs")
-    wait_for(lambda: hangs(sweep, "*-0.log"), "the cell does not hang")
+    sweep.until_it_hangs("0")
     [worker] = [pid for pid, command in marked(sweep.mark) if "registry.worker" in command]
     sweep.process.kill()
     sweep.process.communicate(timeout=PATIENCE_S)

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import pytest
 from mlflow.tracking import MlflowClient
-from sweeps import FAULTS, PATIENCE_S, ROOT, Start, Sweep, assert_logged, assert_nothing_left, wait_for, words
+from sweeps import FAULTS, PATIENCE_S, ROOT, Start, Sweep, assert_logged, assert_nothing_left, words
 from test_record import made_up_cell, made_up_record
 from test_tracking import prepared_database
 
@@ -272,12 +272,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_a_killed_call_leaves_is_its_user_s_alone_and_cleaned_by_the_next(start: Start) -> None:
     killed = start("backend=talks", *options(NOTES["url"]), "+backend.options.hangs=true")
-
-    def hanging() -> bool:
-        assert killed.process.poll() is None, killed.process.communicate()
-        return any("hanging now" in file.read_text() for file in killed.folder.glob("records/*/.*"))
-
-    wait_for(hanging, "the cell does not hang")
+    killed.until_it_hangs()
     for file in killed.folder.glob(f"records/{'[0-9a-f]' * 16}/*"):
         assert file.name.startswith(".")
         assert stat.S_IMODE(file.stat().st_mode) == 0o600

@@ -60,6 +60,31 @@ class Exhausts(InLoad):
         torch.empty(1 << 50, dtype=torch.uint8, device=self.setup.device)
 
 
+class FillsDevice(HfBackend):
+    """Takes all of a GPU's memory, a gigabyte at a time, in the middle of a step."""
+
+    def decode_step(self, token: Tensor) -> Tensor:
+        import torch
+
+        if self.setup.architecture.layers > 2:
+            kept = []
+            while True:
+                kept.append(torch.empty(1 << 30, dtype=torch.uint8, device="cuda"))
+        return super().decode_step(token)
+
+
+class BreaksContext(HfBackend):
+    """Reads where no memory is, after which every call of CUDA in this process fails, whatever it asks for."""
+
+    def decode_step(self, token: Tensor) -> Tensor:
+        import torch
+
+        if self.setup.architecture.layers > 2:
+            outside = torch.full((1,), 1 << 40, device="cuda")
+            torch.zeros(1, device="cuda")[outside].item()
+        return super().decode_step(token)
+
+
 class Killed(InLoad):
     """As the kernel's out-of-memory killer does it; the process that it started lives on."""
 
