@@ -27,6 +27,15 @@ settings.register_profile("fuzz", deadline=None, print_blob=True)  # `make fuzz`
 settings.load_profile("rfloor")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def composer() -> Composer:
     """Composes cells from conf/ and the installed plugins."""

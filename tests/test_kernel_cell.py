@@ -122,7 +122,6 @@ def test_a_kernel_is_checked_on_the_first_cache_and_on_the_last(architecture: Ar
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_graph_holds_a_call_for_each_cache(architecture: Architecture) -> None:
     shape = replace(architecture, q_heads=8, kv_heads=2, head_dim=128)
     kernel = Watched(SdpaOptions())
@@ -142,7 +141,6 @@ class Waits(Sdpa):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_call_that_needs_the_host_cannot_be_captured(architecture: Architecture) -> None:
     with pytest.raises(Refused, match="cannot be captured"):
         measured(Waits(SdpaOptions()), architecture, "cuda_graph")

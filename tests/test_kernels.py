@@ -21,7 +21,6 @@ def test_the_most_frequent_comes_first() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_the_device_s_own_kernels_are_seen() -> None:
     x = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
     found = seen(lambda: x @ x, "cuda")

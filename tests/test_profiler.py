@@ -23,8 +23,6 @@ from registry.schema import ExecutionConfig
 # sqlalchemy about what MLflow does
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 @pytest.fixture(scope="module")
 def small(architecture: Architecture) -> Architecture:
@@ -253,7 +251,6 @@ def on_cuda(request: pytest.FixtureRequest, small: Architecture, tmp_path: Path)
 
 
 @pytest.mark.gpu
-@gpu
 def test_on_cuda_the_device_is_busy_within_its_span(on_cuda: tuple[str, dict[str, Any]]) -> None:
     execution, measured = on_cuda
     found = measured["profile"]
@@ -273,7 +270,6 @@ def test_on_cuda_the_device_is_busy_within_its_span(on_cuda: tuple[str, dict[str
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("on_cuda", ["cuda_graph"], indirect=True)
 def test_on_cuda_a_graphed_step_s_parts_are_the_unprofiled_step(on_cuda: tuple[str, dict[str, Any]]) -> None:
     found, step_ms = on_cuda[1]["profile"], statistics.median(on_cuda[1]["step_times_ms"])
