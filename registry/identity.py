@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.redact import Redactor
 from registry.schema import what_decides, what_is_measured
+from registry.weights import folder_layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -34,6 +35,9 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
         modules: The plugins' modules.
         versions: Installed packages.
 
+    Of weights in a folder how they are quantised and what their files' headers say is part of it, beside the path: a
+    folder that was written anew with other widths is another measurement.
+
     Returns:
         Sixteen hexadecimal digits.
     """
@@ -42,6 +46,7 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
         "sources": {name: source_digest(name) for name in sorted({WORKER, *modules})},
         "device": [device.kind, device.name, device.driver],
         "versions": dict(versions),
+        "weights": folder_layout(config.model.weights),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -165,8 +165,7 @@ def open_weights(weights: str, revision: str | None, seed: int) -> WeightSource:
     """
     if weights == RANDOM:
         return RandomWeights(seed)
-    local = Path(weights).expanduser()
-    if local.is_dir():
+    if local := _local(weights):
         return FolderWeights(local)
     try:
         folder = _snapshot(weights, revision)
@@ -211,13 +210,9 @@ def check_weights(weights: str, architecture: Architecture, quant: Any = None) -
     """
     if weights == RANDOM:
         return
-    try:
-        folder = Path(weights).expanduser()
-        found = folder.is_dir()
-    except (OSError, RuntimeError) as error:  # a name too long, no such user
-        raise BadInput(f"model.weights={weights}: no such folder: {error}") from error
-    if not found:
-        if HUB_ID.fullmatch(weights) and not folder.parent.is_dir():
+    folder = _local(weights)
+    if folder is None:
+        if HUB_ID.fullmatch(weights) and not Path(weights).parent.is_dir():
             return
         raise BadInput(
             f"model.weights={weights}: no such folder. Give a folder that holds config.json and "
@@ -270,6 +265,28 @@ def check_biases(source: FolderWeights, architecture: Architecture) -> None:
             raise Refused(
                 Outcome.UNSUPPORTED, f"{source.folder} holds {name}, for which {architecture.name} has no place"
             )
+
+
+def folder_layout(weights: str) -> dict[str, Any]:
+    """How the weights in a folder that `model.weights` names are stored; empty for weights from elsewhere."""
+    folder = None if weights == RANDOM else _local(weights)
+    if folder is None:
+        return {}
+    headers = {shard.name: read_header(shard) for shard in _shards(folder)}
+    return {"quantised": _read_json(folder / "config.json").get("quantization_config"), "headers": headers}
+
+
+def _local(weights: str) -> Path | None:
+    """The folder that `model.weights` names, if there is one.
+
+    Raises:
+        BadInput: Nothing can be called that.
+    """
+    try:
+        folder = Path(weights).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError) as error:  # a name too long, no such user
+        raise BadInput(f"model.weights={weights}: no such folder: {error}") from error
 
 
 def _form(folder: Path, config: dict[str, Any], quant: Any) -> CheckpointFormat | None:

@@ -21,7 +21,7 @@ from registry.checkpoint import expected_tensors
 from registry.compose import Composer
 from registry.outcome import BadInput, Outcome, Refused
 from registry.plugins import Catalog
-from registry.weights import FolderWeights, RandomWeights, check_biases, check_weights, open_weights
+from registry.weights import FolderWeights, RandomWeights, check_biases, check_weights, folder_layout, open_weights
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -282,6 +282,24 @@ def test_what_is_neither_folder_nor_hub_id_is_bad_input(
     with pytest.raises(BadInput) as caught:
         check_weights(weights, small)
     assert f"model.weights={weights}: no such folder" in str(caught.value)
+
+
+def test_a_folder_s_layout_changes_with_its_settings_and_headers_alone(
+    folder: Path, saved: Path, small: Architecture
+) -> None:
+    """Which is what a measurement depends on: other values of the same shapes take the same time."""
+    before = folder_layout(str(folder))
+    assert before == folder_layout(str(saved))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert folder_layout(str(folder)) == before
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert folder_layout(str(folder)) != before
+    shutil.copy(saved / "model.safetensors", folder)
+    assert folder_layout(str(folder)) == before
+    (folder / "config.json").write_text('{"quantization_config": {"bits": 5.0}}')
+    assert folder_layout(str(folder)) != before
+    assert folder_layout("random") == folder_layout("owner/name") == {}
 
 
 JSON_VALUES = st.recursive(
