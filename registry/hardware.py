@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
 import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,10 +118,24 @@ def throttle_reasons(bits: int) -> list[str]:
 
 
 def physical_cores() -> int:
-    """Physical cores that this process may use: hyperthreads share the bandwidth that a step wants."""
+    """Physical cores that this process may use: hyperthreads share the bandwidth that a step wants.
+
+    Not more than it has the time of.
+    """
     allowed = os.sched_getaffinity(0)
     siblings = {_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").strip() for cpu in allowed}
-    return max(1, len(siblings - {""}) or len(allowed))
+    return max(1, min(len(siblings - {""}) or len(allowed), _quota()))
+
+
+def _quota() -> int:
+    """Processors whose time this process may use up: a container may see many and have few (cgroup v2's cpu.max)."""
+    own = next((line[3:] for line in _read("/proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
+    group, quotas = Path("/sys/fs/cgroup", own.lstrip("/")), [sys.maxsize]
+    for folder in (group, *group.parents):
+        limit, _, period = _read(str(folder / "cpu.max")).partition(" ")
+        if limit.isdigit():
+            quotas.append(math.ceil(int(limit) / int(period)))
+    return min(quotas)
 
 
 def collect_versions(packages: Iterable[str], environment: str = "") -> dict[str, str]:

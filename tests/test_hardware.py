@@ -276,7 +276,28 @@ def test_the_cpu_has_a_name_and_all_of_the_memory() -> None:
 )
 def test_physical_cores(monkeypatch: pytest.MonkeyPatch, siblings: dict[int, str], cores: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(siblings))
-    monkeypatch.setattr(hardware, "_read", lambda path: siblings[int(path.split("/cpu/cpu")[1].split("/")[0])])
+    told = {f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list": text for cpu, text in siblings.items()}
+    monkeypatch.setattr(hardware, "_read", lambda path: told.get(path, ""))
+    assert hardware.physical_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "cores"),
+    [
+        ("/", {"": "200000 100000"}, 2),
+        ("/", {"": "max 100000"}, 16),
+        ("/a/b", {"/a": "150000 100000", "/a/b": "max 100000"}, 2),
+        ("/a/b", {"/a": "300000 100000", "/a/b": "50000 100000"}, 1),
+        ("/a", {}, 16),
+    ],
+)
+def test_a_container_has_as_many_cores_as_it_has_time_of(
+    monkeypatch: pytest.MonkeyPatch, own: str, limits: dict[str, str], cores: int
+) -> None:
+    told = {f"/sys/fs/cgroup{group}/cpu.max": f"{limit}\n" for group, limit in limits.items()}
+    told["/proc/self/cgroup"] = f"1:name=systemd:/x\n0::{own}\n"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(hardware, "_read", lambda path: told.get(path, ""))
     assert hardware.physical_cores() == cores
 
 
