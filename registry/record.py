@@ -73,7 +73,7 @@ class Head:
         outcome: How it ended.
         label: The cell in one line.
         started_at: UTC, ISO 8601.
-        wall_s: Seconds from planning to the end, loading included.
+        wall_s: Seconds from planning to the end, loading and waiting for the device included.
     """
 
     record_id: str
