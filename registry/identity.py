@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from registry.redact import Redactor
 from registry.schema import what_decides, what_is_measured
-from registry.weights import folder_layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -24,7 +23,9 @@ WORKER = "registry.worker"
 """Where the measuring code starts."""
 
 
-def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Mapping[str, str]) -> str:
+def cell_id(
+    config: Config, device: Device, modules: Iterable[str], versions: Mapping[str, str], stored: Mapping[str, Any]
+) -> str:
     """Hash of everything that changes a measurement.
 
     Args:
@@ -34,9 +35,8 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
         device: The device that measures; its name and driver count, not which of several equal ones it is.
         modules: The plugins' modules.
         versions: Installed packages.
-
-    Of weights in a folder how they are quantised and what their files' headers say is part of it, beside the path: a
-    folder that was written anew with other widths is another measurement.
+        stored: How weights in a folder are stored (`registry.weights.check_weights`): a folder that was written anew
+            with other widths is another measurement.
 
     Returns:
         Sixteen hexadecimal digits.
@@ -46,7 +46,7 @@ def cell_id(config: Config, device: Device, modules: Iterable[str], versions: Ma
         "sources": {name: source_digest(name) for name in sorted({WORKER, *modules})},
         "device": [device.kind, device.name, device.driver],
         "versions": dict(versions),
-        "weights": folder_layout(config.model.weights),
+        "weights": dict(stored),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -49,6 +49,7 @@ class Cell:
         device: The device that measures.
         targets: `module:Class` of each plugin, by kind.
         versions: Installed packages that matter.
+        stored: How its weights are stored, where they lie in a folder.
         cell_id: Its identity.
         environment: The virtual environment that measures it; empty is this one.
         tags: What its backend wants its runs to bear.
@@ -59,6 +60,7 @@ class Cell:
     device: Device
     targets: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    stored: dict[str, Any] = field(default_factory=dict)
     cell_id: str = ""
     environment: str = ""
     tags: dict[str, str] = field(default_factory=dict)
@@ -159,7 +161,7 @@ class Planner:
         except Refused as refused:
             cell.refusal = _open_to(config, refused.refusal)
         modules = [target.partition(":")[0] for target in cell.targets.values()]
-        cell.cell_id = cell_id(config, cell.device, modules, cell.versions)
+        cell.cell_id = cell_id(config, cell.device, modules, cell.versions, cell.stored)
         return cell
 
     def _claims(self, config: Config) -> tuple[dict[str, Claim], dict[str, tuple[Any, Any]], set[str], list[Refused]]:
@@ -223,7 +225,7 @@ def _ask_beforehand(cell: Cell, chosen: dict[str, tuple[Any, Any]]) -> None:
         plugin, options = chosen["quant"]
         with _blamed("quant", config.quant.plugin):
             quant = plugin(options)
-            check_weights(config.model.weights, cell.architecture, quant)
+            cell.stored = check_weights(config.model.weights, cell.architecture, quant)
             chosen["quant"] = plugin, quant.options  # with those settings of the folder that are options
             config.quant.options = dataclasses.asdict(quant.options)
     if "backend" in chosen:

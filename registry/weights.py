@@ -196,7 +196,7 @@ def _snapshot(repository: str, revision: str | None) -> str:
         raise
 
 
-def check_weights(weights: str, architecture: Architecture, quant: Any = None) -> None:
+def check_weights(weights: str, architecture: Architecture, quant: Any = None) -> dict[str, Any]:
     """Refuse weights that cannot be meant, from names, configuration and headers alone.
 
     Args:
@@ -204,25 +204,32 @@ def check_weights(weights: str, architecture: Architecture, quant: Any = None) -
         architecture: What the folder has to hold.
         quant: The format that the cell runs, an instance of its plugin.
 
+    Returns:
+        How a folder's weights are stored: its quantisation settings, and the headers by file. Empty for weights from
+        elsewhere.
+
     Raises:
         BadInput: No such folder, no model in it, a truncated or missing file, another architecture, or
             weights quantised in another format.
     """
     if weights == RANDOM:
-        return
+        return {}
     folder = _local(weights)
     if folder is None:
         if HUB_ID.fullmatch(weights) and not Path(weights).parent.is_dir():
-            return
+            return {}
         raise BadInput(
             f"model.weights={weights}: no such folder. Give a folder that holds config.json and "
             "*.safetensors, a hub id (owner/name), or random"
         )
-    check_folder(folder, architecture, quant)
+    return check_folder(folder, architecture, quant)
 
 
-def check_folder(folder: Path, architecture: Architecture, quant: Any = None) -> None:
+def check_folder(folder: Path, architecture: Architecture, quant: Any = None) -> dict[str, Any]:
     """The checks of `check_weights` on one folder.
+
+    Returns:
+        See there.
 
     Raises:
         BadInput: See there.
@@ -236,9 +243,8 @@ def check_folder(folder: Path, architecture: Architecture, quant: Any = None) ->
     if wrong:
         raise BadInput(f"{folder} holds another architecture than {architecture.name}: {', '.join(wrong)}")
     form = _form(folder, config, quant)
-    present: dict[str, tuple[str, list[int]]] = {}
-    for shard in _shards(folder):
-        present |= read_header(shard)
+    headers = {shard.name: read_header(shard) for shard in _shards(folder)}
+    present = {name: told for header in headers.values() for name, told in header.items()}
     expected = model_tensors(architecture, form)
     for name in present:
         if name not in expected and not _idle(name, form):
@@ -251,6 +257,7 @@ def check_folder(folder: Path, architecture: Architecture, quant: Any = None) ->
             raise BadInput(f"{folder}: {name} has shape {tuple(shape)}, {architecture.name} wants {stored}")
         if dtype not in stored.dtypes:
             raise BadInput(f"{folder}: {name} is stored as {dtype}; known: {', '.join(stored.dtypes)}")
+    return {"quantised": config.get("quantization_config"), "headers": headers}
 
 
 def check_biases(source: FolderWeights, architecture: Architecture) -> None:
@@ -265,15 +272,6 @@ def check_biases(source: FolderWeights, architecture: Architecture) -> None:
             raise Refused(
                 Outcome.UNSUPPORTED, f"{source.folder} holds {name}, for which {architecture.name} has no place"
             )
-
-
-def folder_layout(weights: str) -> dict[str, Any]:
-    """How the weights in a folder that `model.weights` names are stored; empty for weights from elsewhere."""
-    folder = None if weights == RANDOM else _local(weights)
-    if folder is None:
-        return {}
-    headers = {shard.name: read_header(shard) for shard in _shards(folder)}
-    return {"quantised": _read_json(folder / "config.json").get("quantization_config"), "headers": headers}
 
 
 def _local(weights: str) -> Path | None:

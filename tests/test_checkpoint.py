@@ -64,6 +64,14 @@ def test_a_folder_holds_what_its_layout_says(folder: Path, small: Architecture, 
     assert config["rope_theta"] == small.rope_theta
 
 
+def test_how_a_folder_is_quantised_is_told(folder: Path, small: Architecture, form: Any) -> None:
+    before = check_folder(folder, small, form)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["damp_percent"] = 0.1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert check_folder(folder, small, form) != before
+
+
 def test_a_scaled_rotary_embedding_is_told_as_old_and_new_readers_want_it(
     small: Architecture, tmp_path: Path
 ) -> None:

@@ -561,6 +561,16 @@ def test_whatever_changes_a_measurement_changes_its_identity(plan: Plan, monkeyp
     assert len({cell.cell_id for cell in cells}) == len(overrides) + 2
 
 
+def test_how_a_folder_s_weights_are_stored_is_part_of_its_cell_s_identity(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = set()
+    for stored in ({}, {"quantised": {"bits": 4.25}}, {"quantised": {"bits": 5.0}}):
+        monkeypatch.setattr("registry.plan.check_weights", lambda *_, stored=stored: stored)
+        ids.add(plan("model.weights=owner/name").cell_id)
+    assert len(ids) == 3
+
+
 def test_which_of_several_equal_gpus_measures_is_no_identity(plan: Plan) -> None:
     assert plan(device=replace(H200, uuid="GPU-other")).cell_id == plan().cell_id
 

@@ -21,7 +21,7 @@ from registry.checkpoint import expected_tensors
 from registry.compose import Composer
 from registry.outcome import BadInput, Outcome, Refused
 from registry.plugins import Catalog
-from registry.weights import FolderWeights, RandomWeights, check_biases, check_weights, folder_layout, open_weights
+from registry.weights import FolderWeights, RandomWeights, check_biases, check_weights, open_weights
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -284,22 +284,23 @@ def test_what_is_neither_folder_nor_hub_id_is_bad_input(
     assert f"model.weights={weights}: no such folder" in str(caught.value)
 
 
-def test_a_folder_s_layout_changes_with_its_settings_and_headers_alone(
+def test_how_a_folder_is_stored_is_told_by_its_headers_and_not_its_values(
     folder: Path, saved: Path, small: Architecture
 ) -> None:
     """Which is what a measurement depends on: other values of the same shapes take the same time."""
-    before = folder_layout(str(folder))
-    assert before == folder_layout(str(saved))
+    before = check_weights(str(folder), small)
+    assert before == check_weights(str(saved), small)
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "model.safetensors")
-    assert folder_layout(str(folder)) == before
+    assert check_weights(str(folder), small) == before
     save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    assert folder_layout(str(folder)) != before
+    assert check_weights(str(folder), small) != before
     shutil.copy(saved / "model.safetensors", folder)
-    assert folder_layout(str(folder)) == before
-    (folder / "config.json").write_text('{"quantization_config": {"bits": 5.0}}')
-    assert folder_layout(str(folder)) != before
-    assert folder_layout("random") == folder_layout("owner/name") == {}
+    assert check_weights(str(folder), small) == before
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0"}))
+    assert check_weights(str(folder), small) == before
+    assert check_weights("random", small) == check_weights("owner/name", small) == {}
 
 
 JSON_VALUES = st.recursive(
