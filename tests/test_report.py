@@ -44,6 +44,7 @@ def run(cell: Cell, number: int, tpot: float = 10.0, **changes: Any) -> Observat
         "median_tpot_ms": tpot,
         "revisit_median_tpot_ms": tpot / 2,
         "r_floor": 5 / tpot,
+        "floor_ms": 5.0,
     }
     record.step_times_ms = [tpot * 0.9, tpot, tpot * 1.1]
     record.study = record.study | {"p50_ms": tpot}
@@ -304,6 +305,16 @@ def test_every_figure_is_traced_to_its_run(sessions: list[Observation], experime
     )
     runs = dict(re.findall(r"^\| (\d+) \| (run\d\d) \|", told, re.MULTILINE))
     assert {runs[number] for number in row.split(", ")} == {"run00", "run01"}
+
+
+def test_runs_that_follow_one_another_are_named_by_the_first_and_the_last(sessions: list[Observation]) -> None:
+    some = [sessions[place] for place in (5, 0, 1, 2)]
+    table = Table(["which"], [Row(["all"], sessions), Row(["some"], some)])
+    report = Report("matrix", "How far?", sections=[Section("Cells", (), [table])])
+    told = markdown(report)
+    assert "| all | 1-6 |" in told
+    assert "| some | 1-3, 6 |" in told
+    assert '<a href="#run-1">1</a>-<a href="#run-3">3</a></span>, <span' in page(report)
 
 
 def test_a_gpu_that_the_study_did_not_have(sessions: list[Observation], experiment: ExperimentConfig) -> None:

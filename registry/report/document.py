@@ -96,9 +96,15 @@ class Report:
         return found
 
 
-def references(row: Row, numbered: dict[str, tuple[int, Observation]]) -> str:
-    """The numbers of a row's runs."""
-    return ", ".join(str(numbered[one.trace][0]) for one in row.runs)
+def references(row: Row, numbered: dict[str, tuple[int, Observation]]) -> list[tuple[int, int]]:
+    """The numbers of a row's runs, in ascending order: first and last of each that follow one another."""
+    spans: list[tuple[int, int]] = []
+    for number in sorted({numbered[one.trace][0] for one in row.runs}):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1] = (spans[-1][0], number)
+        else:
+            spans.append((number, number))
+    return spans
 
 
 def markdown(report: Report) -> str:
@@ -126,7 +132,10 @@ def _table(table: Table, numbered: dict[str, tuple[int, Observation]]) -> list[s
     traced = any(row.runs for row in table.rows)
     headings = [*table.headings, *([RUNS] if traced else [])]
     lines = [_line(headings), "|" + "|".join([*sides, *(["---"] if traced else [])]) + "|"]
-    return lines + [_line([*row.cells, *([references(row, numbered)] if traced else [])]) for row in table.rows]
+    for row in table.rows:
+        spans = [str(first) if first == last else f"{first}-{last}" for first, last in references(row, numbered)]
+        lines.append(_line([*row.cells, *([", ".join(spans)] if traced else [])]))
+    return lines
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -17,9 +17,9 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bot
 .verdict { background: #f2f5f9; border-left: 4px solid #3465a4; padding: .6rem 1rem; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
-th, td { padding: .25rem .55rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }
+th, td { padding: .25rem .45rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }
 th { border-bottom: 2px solid #999; } .text { text-align: left; }
-td.text:first-child { white-space: nowrap; } td { font-variant-numeric: tabular-nums; }
+td.text:first-child, .span { white-space: nowrap; } td { font-variant-numeric: tabular-nums; }
 a { color: #3465a4; text-decoration: none; } code { font-size: .85em; }
 """
 
@@ -59,10 +59,14 @@ def _table(table: Table, numbered: dict[str, tuple[int, Observation]]) -> str:
         cells = "".join(
             f'<td class="{kind}">{escape(cell)}</td>' for cell, kind in zip(row.cells, kinds, strict=True)
         )
-        numbers = references(row, numbered).split(", ") if row.runs else []
-        links = ", ".join(f'<a href="#run-{number}">{number}</a>' for number in numbers)
+        links = ", ".join(_link(*span) for span in references(row, numbered))
         lines.append(f"<tr>{cells}{f'<td>{links}</td>' if traced else ''}</tr>")
     return "\n".join([*lines, "</table></div>"])
+
+
+def _link(first: int, last: int) -> str:
+    ends = dict.fromkeys((first, last))
+    return '<span class="span">' + "-".join(f'<a href="#run-{end}">{end}</a>' for end in ends) + "</span>"
 
 
 def _runs(numbered: dict[str, tuple[int, Observation]]) -> list[str]:
