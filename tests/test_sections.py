@@ -526,6 +526,17 @@ def test_a_warning_is_told_once_with_its_cells_and_runs(make: Make, named: Named
     assert not [one for one in build(named(name), [run(make(), 0)]).sections if one.title == "What weakens it"]
 
 
+def test_warnings_that_differ_in_their_numbers_are_one(make: Make, named: Named) -> None:
+    found = arms(make, (14.0, 15.0), (11.0, 12.0))
+    clocks = (1665, 1980, 1650, 1710)
+    for one, clock in zip(found, clocks, strict=True):
+        one.record.warnings = [f"throttled: SM clock {clock} of 1980 MHz", f"torch 2.{clock}.0 is old"]
+    first, *others = rows(titled(build(named("graphs_ab"), found).sections, "What weakens it"))
+    assert first["warning"] == "throttled: SM clock 1650 to 1980 of 1980 MHz"
+    assert first["cells"] == "eager; cuda_graph"
+    assert len(others) == 4
+
+
 # Tables by hand
 
 

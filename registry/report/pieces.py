@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from registry.report.document import Row, Section, Table
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from registry.report.observation import Measured, Observation
+
+NUMBER = re.compile(r"(?<![\w.#])\d+(?:\.\d+)?(?![\w.]*\w)")
+"""A number that is no part of a word or a version."""
 
 
 def not_measured(observations: Sequence[Observation]) -> list[Section]:
@@ -25,21 +29,42 @@ def not_measured(observations: Sequence[Observation]) -> list[Section]:
 def weakened(observations: Sequence[Observation]) -> list[Section]:
     """What the records warn of, each once with its cells; no section where none does.
 
+    Warnings that differ in their numbers alone are one, with the least and the greatest of each.
+
     Args:
         observations: Runs that a report has figures of.
     """
     found = cells(observations)
     axes = varying(found) if found else []
-    told: dict[str, dict[str, list[Observation]]] = {}
+    told: dict[tuple[str, ...], _Warnings] = {}
     for one in found:
         for run in one.observations:
             for warning in run.record.warnings:
-                told.setdefault(warning, {}).setdefault(named(one, axes), []).append(run)
-    rows = [
-        Row([warning, "; ".join(own)], [run for runs in own.values() for run in runs])
-        for warning, own in told.items()
-    ]
+                words = tuple(NUMBER.split(warning))
+                told.setdefault(words, _Warnings()).add(warning, named(one, axes), run)
+    rows = [Row([each.text(words), "; ".join(each.cells)], each.runs) for words, each in told.items()]
     return [Section("What weakens it", (), [Table(["warning", "cells"], rows, 2)])] if rows else []
+
+
+class _Warnings:
+    """Warnings of the same words: their numbers, cells and runs."""
+
+    def __init__(self) -> None:
+        self.numbers: list[list[str]] = []
+        self.cells: dict[str, None] = {}
+        self.runs: list[Observation] = []
+
+    def add(self, warning: str, cell: str, run: Observation) -> None:
+        self.numbers.append(NUMBER.findall(warning))
+        self.cells[cell] = None
+        self.runs.append(run)
+
+    def text(self, words: Sequence[str]) -> str:
+        ranges = []
+        for column in zip(*self.numbers, strict=True):
+            least, greatest = min(column, key=float), max(column, key=float)
+            ranges.append(least if float(least) == float(greatest) else f"{least} to {greatest}")
+        return "".join(part for pair in zip(words, [*ranges, ""], strict=True) for part in pair)
 
 
 def bars(found: Sequence[Measured], names: Sequence[str], metric: str, name: str, color: str) -> Any:
