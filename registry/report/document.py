@@ -96,14 +96,14 @@ class Report:
         return found
 
 
-def references(row: Row, numbered: dict[str, tuple[int, Observation]]) -> list[tuple[int, int]]:
-    """The numbers of a row's runs, in ascending order: first and last of each that follow one another."""
-    spans: list[tuple[int, int]] = []
+def references(row: Row, numbered: dict[str, tuple[int, Observation]]) -> list[tuple[int, ...]]:
+    """The numbers of a row's runs, in ascending order: the first and the last of those that follow one another."""
+    spans: list[tuple[int, ...]] = []
     for number in sorted({numbered[one.trace][0] for one in row.runs}):
-        if spans and number == spans[-1][1] + 1:
+        if spans and number == spans[-1][-1] + 1:
             spans[-1] = (spans[-1][0], number)
         else:
-            spans.append((number, number))
+            spans.append((number,))
     return spans
 
 
@@ -133,7 +133,7 @@ def _table(table: Table, numbered: dict[str, tuple[int, Observation]]) -> list[s
     headings = [*table.headings, *([RUNS] if traced else [])]
     lines = [_line(headings), "|" + "|".join([*sides, *(["---"] if traced else [])]) + "|"]
     for row in table.rows:
-        spans = [str(first) if first == last else f"{first}-{last}" for first, last in references(row, numbered)]
+        spans = ["-".join(map(str, span)) for span in references(row, numbered)]
         lines.append(_line([*row.cells, *([", ".join(spans)] if traced else [])]))
     return lines
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import AGAIN, TPOT, cells
+from registry.report.study import OVER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +23,6 @@ FIGURES = (
     ("mbu", "mbu", 3),
     ("decode peak GB", "decode_peak_memory_gb", 2),
 )
-THREE = ("min", "median", "max")
 AGAIN_IS = (
     "again is the floor over the second visit's step, which no longer pays what is paid once a cache length (a "
     "kernel library's planning)."
@@ -41,7 +39,7 @@ def matrix(observations: Sequence[Observation]) -> list[Section]:
     kinds = ["gpu", *(axis for axis in axes if axis not in ("gpu", "model", "context"))]
     named_kinds = ["GPU" if kind == "gpu" else kind for kind in kinds]
     distribution = Table(
-        [*named_kinds, "cells", *THREE, *(f"again {each}" for each in THREE)],
+        [*named_kinds, "cells", *OVER, *(f"again {each}" for each in OVER)],
         [_distribution(names, own) for names, own in _by_kind(found, kinds)],
         text_columns=len(kinds),
     )
@@ -78,14 +76,8 @@ def _by_kind(found: Sequence[Measured], kinds: Sequence[str]) -> list[tuple[list
 def _distribution(names: Sequence[str], own: Sequence[Measured]) -> Row:
     first = [ratio for one in own if (ratio := one.median(RATIO)) is not None]
     again = [one.mean("floor_ms") / step for one in own if (step := one.median(AGAIN)) is not None]
-    figures = [figure for ratios in (first, again) for figure in _three(ratios)]
+    figures = [number(of(each), 3) if each else "" for each in (first, again) for of in OVER.values()]
     return Row([*names, str(len(first)), *figures], [run for one in own for run in one.ok])
-
-
-def _three(ratios: Sequence[float]) -> list[str]:
-    if not ratios:
-        return [""] * len(THREE)
-    return [number(ratio, 3) for ratio in (min(ratios), float(np.median(ratios)), max(ratios))]
 
 
 def _heat(found: Sequence[Measured], kinds: Sequence[str]) -> list[Any]:

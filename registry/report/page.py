@@ -59,13 +59,12 @@ def _table(table: Table, numbered: dict[str, tuple[int, Observation]]) -> str:
         cells = "".join(
             f'<td class="{kind}">{escape(cell)}</td>' for cell, kind in zip(row.cells, kinds, strict=True)
         )
-        links = ", ".join(_link(*span) for span in references(row, numbered))
+        links = ", ".join(_link(span) for span in references(row, numbered))
         lines.append(f"<tr>{cells}{f'<td>{links}</td>' if traced else ''}</tr>")
     return "\n".join([*lines, "</table></div>"])
 
 
-def _link(first: int, last: int) -> str:
-    ends = dict.fromkeys((first, last))
+def _link(ends: tuple[int, ...]) -> str:
     return '<span class="span">' + "-".join(f'<a href="#run-{end}">{end}</a>' for end in ends) + "</span>"
 
 

@@ -36,35 +36,26 @@ def weakened(observations: Sequence[Observation]) -> list[Section]:
     """
     found = cells(observations)
     axes = varying(found) if found else []
-    told: dict[tuple[str, ...], _Warnings] = {}
+    told: dict[tuple[str, ...], list[tuple[str, str, Observation]]] = {}
     for one in found:
+        cell = named(one, axes)
         for run in one.observations:
             for warning in run.record.warnings:
-                words = tuple(NUMBER.split(warning))
-                told.setdefault(words, _Warnings()).add(warning, named(one, axes), run)
-    rows = [Row([each.text(words), "; ".join(each.cells)], each.runs) for words, each in told.items()]
+                told.setdefault(tuple(NUMBER.split(warning)), []).append((warning, cell, run))
+    rows = []
+    for words, those in told.items():
+        warnings, its_cells, runs = zip(*those, strict=True)
+        rows.append(Row([_ranged(words, warnings), "; ".join(dict.fromkeys(its_cells))], runs))
     return [Section("What weakens it", (), [Table(["warning", "cells"], rows, 2)])] if rows else []
 
 
-class _Warnings:
-    """Warnings of the same words: their numbers, cells and runs."""
-
-    def __init__(self) -> None:
-        self.numbers: list[list[str]] = []
-        self.cells: dict[str, None] = {}
-        self.runs: list[Observation] = []
-
-    def add(self, warning: str, cell: str, run: Observation) -> None:
-        self.numbers.append(NUMBER.findall(warning))
-        self.cells[cell] = None
-        self.runs.append(run)
-
-    def text(self, words: Sequence[str]) -> str:
-        ranges = []
-        for column in zip(*self.numbers, strict=True):
-            least, greatest = min(column, key=float), max(column, key=float)
-            ranges.append(least if float(least) == float(greatest) else f"{least} to {greatest}")
-        return "".join(part for pair in zip(words, [*ranges, ""], strict=True) for part in pair)
+def _ranged(words: Sequence[str], warnings: Sequence[str]) -> str:
+    """Warnings of the same words as one."""
+    ranges = []
+    for column in zip(*map(NUMBER.findall, warnings), strict=True):
+        least, greatest = min(column, key=float), max(column, key=float)
+        ranges.append(least if float(least) == float(greatest) else f"{least} to {greatest}")
+    return "".join(part for pair in zip(words, [*ranges, ""], strict=True) for part in pair)
 
 
 def bars(found: Sequence[Measured], names: Sequence[str], metric: str, name: str, color: str) -> Any:
