@@ -69,8 +69,26 @@ def test_calls_rotate_over_caches_of_the_context_and_the_token_itself(architectu
     assert found["call_bytes"] == cache_bytes + 2 * 2 * a.q_heads * a.head_dim * 2
     assert found["fidelity"]["output_cosine"] > 0.9999
     assert found["event_call_times_us"] is None
-    assert set(found["sdp_enabled"]) == {"flash", "efficient", "cudnn", "math"}
     assert any("attention" in name for name in found["kernels"])
+
+
+@pytest.mark.parametrize("pinned", ["default", "math"])
+def test_what_pytorch_may_choose_from_is_told_as_the_call_finds_it(architecture: Architecture, pinned: str) -> None:
+    found = measured(Sdpa(SdpaOptions(pinned)), architecture)["sdp_enabled"]
+    others = pinned == "default"
+    assert found == {"flash": others, "efficient": others, "cudnn": others, "math": True}
+
+
+def test_a_kernel_that_is_not_pytorch_s_leaves_no_choice(architecture: Architecture) -> None:
+    assert measured(Plain(SdpaOptions()), architecture)["sdp_enabled"] == {}
+
+
+class Plain(Sdpa):
+    """Attention out of plain products."""
+
+    def decode(self, q: Any, k: Any, v: Any, *, scale: float, **keywords: Any) -> Any:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return (q @ k.mT).mul(scale).softmax(-1) @ v
 
 
 class Wrong(Sdpa):
