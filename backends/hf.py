@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from backends.hf_attention import Installed, install
-from registry.api import Backend, StepBytes, materialize, streamed_bytes
+from registry.api import Backend, StepBytes, dequantized_tensors, held_tensors, materialize, streamed_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -116,28 +116,14 @@ class HfBackend(Backend):
 
     def weights(self) -> Mapping[str, Tensor]:
         """See `Backend.weights`."""
-        held: dict[str, Tensor] = {}
-        for name, module in self.model.named_modules():
-            if name in self._converted:
-                stored = self.setup.linear.stored(module)
-                held |= {f"{name}.{index}": tensor for index, tensor in enumerate(stored)}
-            elif not _inside(name, self._converted):
-                held |= {f"{name}.{leaf}": p for leaf, p in module.named_parameters(recurse=False)}
+        held = held_tensors(self.model, self._converted, self.setup.linear)
         if self.setup.architecture.tied_embeddings:
             del held[HEAD]
         return held
 
     def dequantized(self) -> Iterator[tuple[str, Tensor]]:
         """See `Backend.dequantized`."""
-        for name, module in self.model.named_modules():
-            if name in self._converted:
-                yield f"{name}.weight", self.setup.linear.dequantize(module)
-                bias = self.setup.linear.bias(module)
-                if bias is not None:
-                    yield f"{name}.bias", bias
-            elif not _inside(name, self._converted):
-                for leaf, parameter in module.named_parameters(recurse=False):
-                    yield f"{name}.{leaf}", parameter.detach()
+        return dequantized_tensors(self.model, self._converted, self.setup.linear)
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -158,9 +144,3 @@ def _fill_buffers(model: nn.Module, device: str) -> None:
         if buffers:
             init: Any = model._init_weights
             init(module)
-
-
-def _inside(name: str, converted: Mapping[str, nn.Module]) -> bool:
-    """Whether a module is a part of a converted layer, whose tensors its format has already told."""
-    parents = name.split(".")
-    return any(".".join(parents[:depth]) in converted for depth in range(1, len(parents)))

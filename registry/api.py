@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from registry.architecture import Architecture
 from registry.checkpoint import CheckpointFormat, Stored
-from registry.hosting import materialize, streamed_bytes, tensor_bytes
+from registry.hosting import dequantized_tensors, held_tensors, materialize, streamed_bytes, tensor_bytes
 from registry.outcome import BadInput, Outcome, Refused, nearest, unsupported
 from registry.weights import FolderWeights, WeightSource
 
@@ -44,6 +44,8 @@ __all__ = [
     "StepBytes",
     "Stored",
     "WeightSource",
+    "dequantized_tensors",
+    "held_tensors",
     "materialize",
     "nearest",
     "streamed_bytes",
@@ -118,6 +120,7 @@ class Plugin(ABC):  # noqa: B024 - the kinds below have the abstract methods
             in the step needs the host; `compile` if torch.compile comes to the same step, be it in parts.
         caches: Which caches it can work with.
         Options: A dataclass of the plugin's own options; what the configuration gives is checked against it.
+        data: Files beside the plugin's module that its steps depend on; part of a cell's identity, as its source is.
     """
 
     requires: ClassVar[tuple[Requirement, ...]] = ()
@@ -126,6 +129,7 @@ class Plugin(ABC):  # noqa: B024 - the kinds below have the abstract methods
     executions: ClassVar[tuple[str, ...]] = ("eager",)
     caches: ClassVar[tuple[str, ...]] = ("dynamic", "static")
     Options: ClassVar[type] = NoOptions
+    data: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def kernel_names(cls, options: Any, device: str) -> tuple[str, ...]:

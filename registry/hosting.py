@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -24,6 +24,19 @@ class Converter(Protocol):
 
     def from_tensors(self, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> nn.Module:
         """See `registry.api.LinearFormat.from_tensors`."""
+
+
+class Holder(Protocol):
+    """The half of a linear format that tells what a layer holds."""
+
+    def stored(self, module: nn.Module) -> list[Tensor]:
+        """See `registry.api.LinearFormat.stored`."""
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """See `registry.api.LinearFormat.dequantize`."""
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        """See `registry.api.LinearFormat.bias`."""
 
 
 def materialize(
@@ -68,6 +81,50 @@ def materialize(
             converted[name] = linear.from_tensors(module, stored) if stored else linear.convert(module)
             model.set_submodule(name, converted[name])
     return converted
+
+
+def held_tensors(model: nn.Module, converted: Mapping[str, nn.Module], linear: Holder) -> dict[str, Tensor]:
+    """What a filled tree holds: of converted layers all that their format stores, of others their parameters.
+
+    Args:
+        model: The tree.
+        converted: As `materialize` returned them.
+        linear: Their format.
+    """
+    held: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if name in converted:
+            held |= {f"{name}.{index}": tensor for index, tensor in enumerate(linear.stored(module))}
+        elif not _inside(name, converted):
+            held |= {f"{name}.{leaf}": p for leaf, p in module.named_parameters(recurse=False)}
+    return held
+
+
+def dequantized_tensors(
+    model: nn.Module, converted: Mapping[str, nn.Module], linear: Holder
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights and biases that a filled tree multiplies with, by their names in it.
+
+    Args:
+        model: The tree.
+        converted: As `materialize` returned them.
+        linear: Their format.
+    """
+    for name, module in model.named_modules():
+        if name in converted:
+            yield f"{name}.weight", linear.dequantize(module)
+            bias = linear.bias(module)
+            if bias is not None:
+                yield f"{name}.bias", bias
+        elif not _inside(name, converted):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                yield f"{name}.{leaf}", parameter.detach()
+
+
+def _inside(name: str, converted: Mapping[str, nn.Module]) -> bool:
+    """Whether a module is a part of a converted layer, whose tensors its format has already told."""
+    parents = name.split(".")
+    return any(".".join(parents[:depth]) in converted for depth in range(1, len(parents)))
 
 
 def streamed_bytes(held: Iterable[Tensor], looked_up: Tensor | None, batch_size: int) -> int:

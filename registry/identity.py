@@ -14,7 +14,7 @@ from registry.redact import Redactor
 from registry.schema import what_decides, what_is_measured
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from registry.hardware import Device
     from registry.schema import Config
@@ -24,7 +24,11 @@ WORKER = "registry.worker"
 
 
 def cell_id(
-    config: Config, device: Device, modules: Iterable[str], versions: Mapping[str, str], stored: Mapping[str, Any]
+    config: Config,
+    device: Device,
+    modules: Mapping[str, tuple[str, ...]],
+    versions: Mapping[str, str],
+    stored: Mapping[str, Any],
 ) -> str:
     """Hash of everything that changes a measurement.
 
@@ -33,7 +37,7 @@ def cell_id(
             take, what is looked at once all is timed, what its GPU costs and where its numbers were read is left out;
             so are secrets, which change no step and which a hash would let others guess.
         device: The device that measures; its name and driver count, not which of several equal ones it is.
-        modules: The plugins' modules.
+        modules: The plugins' modules, each with the files beside it that its steps depend on.
         versions: Installed packages.
         stored: How weights in a folder are stored (`registry.weights.check_weights`): a folder that was written anew
             with other widths is another measurement.
@@ -43,7 +47,7 @@ def cell_id(
     """
     identity = {
         "config": Redactor().plain(what_decides(what_is_measured(config))),
-        "sources": {name: source_digest(name) for name in sorted({WORKER, *modules})},
+        "sources": {name: source_digest(name, modules.get(name, ())) for name in sorted({WORKER, *modules})},
         "device": [device.kind, device.name, device.driver],
         "versions": dict(versions),
         "weights": dict(stored),
@@ -52,10 +56,12 @@ def cell_id(
 
 
 @cache
-def source_digest(module: str) -> str:
-    """Hash of a module's source and of all that it imports from its own top-level package."""
+def source_digest(module: str, data: tuple[str, ...] = ()) -> str:
+    """Hash of a module's source, of all that it imports from its own top-level package, and of files beside it."""
     digest = hashlib.sha256()
-    for file in sorted(_reachable(module)):
+    own = _source(module)
+    beside = [own.with_name(name) for name in data] if own else []
+    for file in [*sorted(_reachable(module)), *(file for file in beside if file.is_file())]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 

@@ -25,7 +25,8 @@ from registry.identity import cell_id
 from registry.kernel_cell import CACHES
 from registry.outcome import BadInput, Outcome, Refusal, Refused, nearest, unsupported
 from registry.plugins import KINDS
-from registry.schema import COMPILE_MODES
+from registry.schema import AUTO, COMPILE_MODES
+from registry.validate import CACHES as KINDS_OF_CACHE
 from registry.validate import validate, validate_profile
 from registry.weights import check_weights
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 RUNTIME = ("rfloor", "torch", "transformers", "numpy", "nvidia-ml-py")
 """Packages whose versions belong to a cell's identity, beside those of its plugins."""
+
+DYNAMIC, STATIC = KINDS_OF_CACHE
 
 
 @dataclass
@@ -142,10 +145,13 @@ class Planner:
         """
         validate(config)
         backend = config.backend.name
-        if backend == "auto":
+        if backend == AUTO:
             config.backend.name = config.backend.plugin = config.quant.backend or "hf"
         claims, chosen, packages, refusals = self._claims(config)
         cell = Cell(config, self._device)
+        if config.execution.cache == AUTO:
+            only_static = "backend" in chosen and DYNAMIC not in chosen["backend"][0].caches
+            config.execution.cache = STATIC if only_static and not cell.kernel_alone else DYNAMIC
         cell.targets = {kind: claim.target for kind, claim in claims.items()}
         try:
             _ask_beforehand(cell, chosen)
@@ -160,7 +166,10 @@ class Planner:
             _check_memory(cell)
         except Refused as refused:
             cell.refusal = _open_to(config, refused.refusal)
-        modules = [target.partition(":")[0] for target in cell.targets.values()]
+        modules: dict[str, tuple[str, ...]] = {}
+        for kind, target in cell.targets.items():
+            module = target.partition(":")[0]
+            modules[module] = modules.get(module, ()) + (chosen[kind][0].data if kind in chosen else ())
         cell.cell_id = cell_id(config, cell.device, modules, cell.versions, cell.stored)
         return cell
 
@@ -182,7 +191,7 @@ class Planner:
 
     def _resolve_gpu(self, cell: Cell) -> None:
         wanted, here = cell.config.gpu, self._device
-        if wanted.name == "auto":
+        if wanted.name == AUTO:
             name = self._detect()
             if name is None:
                 raise unsupported(

@@ -97,7 +97,7 @@ class ExecutionConfig:
     Attributes:
         name: What tables and records call it.
         launch: `eager`, `cuda_graph` or `compile`.
-        cache: `dynamic` or `static`.
+        cache: `dynamic`, `static`, or `auto`: dynamic where the body has such a one, else static.
         mode: torch.compile's, one of `COMPILE_MODES`; only `compile` takes one.
     """
 
@@ -222,6 +222,9 @@ class Config:
     place: int = 0
     registration: str | None = None
 
+
+AUTO = "auto"
+"""A choice that is made once the plugins are known."""
 
 GROUPS = ("model", "gpu", "backend", "quant", "attention", "execution", "protocol", "experiment", "tracking")
 """The config groups, in the order in which a cell is told."""

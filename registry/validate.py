@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from registry.device_lock import ON_BUSY
 from registry.outcome import BadInput, nearest
 from registry.redact import redact
-from registry.schema import COMPILE_MODES, GROUPS
+from registry.schema import AUTO, COMPILE_MODES, GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -161,7 +161,7 @@ def _protocol(config: Config) -> Iterator[str]:
         yield f"protocol.threads={p.threads}: at least 1, or null for one a physical core"
     if p.measures not in MEASURES:
         yield f"protocol.measures={p.measures}: {nearest(p.measures, MEASURES)}"
-    if p.measures == "attention" and config.execution.cache != "dynamic":
+    if p.measures == "attention" and config.execution.cache not in (AUTO, "dynamic"):
         yield "an attention kernel alone is given a cache whose every row is valid: execution.cache=dynamic"
     last = p.context + (p.warmup_steps + p.measured_steps if p.measures == "step" else 1)
     if last > config.model.max_context:
@@ -201,7 +201,7 @@ def _experiment(config: Config) -> Iterator[str]:
 def _choices(config: Config) -> Iterator[str]:
     for key, value, known in (
         ("execution.launch", config.execution.launch, EXECUTIONS),
-        ("execution.cache", config.execution.cache, CACHES),
+        ("execution.cache", config.execution.cache, (AUTO, *CACHES)),
         ("on_busy", config.on_busy, ON_BUSY),
     ):
         if value not in known:

@@ -1,0 +1,1 @@
+"""A decode step of our own, fused around its products: see `backends.fused.body`."""

@@ -1,0 +1,188 @@
+"""The fused step: the contract on its kernels, under Triton's interpreter where there is no GPU."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planning import CPU, H200, Plan, refused
+
+from backends.fused.body import FusedBackend
+from backends.fused.tiles import PRODUCTS, TABLE, Parts, Place, Table, Tile, table
+from registry.identity import source_digest
+from registry.outcome import Outcome
+from registry.testing import TINY, BackendContract
+
+# Triton's interpreter turns arrays of one element into numbers.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    pytest.mark.timeout(900),
+]
+
+
+def row(product: str, **tile: int) -> dict[str, Any]:
+    return {"place": {"device": "any", "product": product}, "tile": tile}
+
+
+WIDE = [row(product, rows=64, columns=128, warps=4) for product in PRODUCTS if product != "qkv"]
+WIDE += [row("qkv", rows=32, columns=128, warps=4), row("attention", parts=3, rows=4, warps=4)]
+"""Few programs, which the interpreter runs one after the other; and more than one tile and part of everything."""
+
+
+class Anywhere(FusedBackend):
+    """The body as it would be if its kernels ran on the CPU, where Triton interprets them."""
+
+    devices = ("cpu", "cuda")
+
+    def tiles(self) -> Table:
+        return table() if self.setup.device == "cuda" else Table(WIDE)
+
+
+class Poisoned(Anywhere):
+    """Its buffers and cache hold NaNs where nothing was written yet."""
+
+    def load(self, capacity: int) -> None:
+        import torch
+
+        super().load(capacity)
+        self._cache.fill_(torch.nan)
+        for name, held in vars(self.step).items():
+            if isinstance(held, torch.Tensor) and held.is_floating_point() and name not in ("_keys", "_values"):
+                held.fill_(torch.nan)
+
+
+SMALL = replace(TINY, layers=1, hidden=192, q_heads=4, kv_heads=1, head_dim=64, ffn=192, vocab=320)
+"""Extents that no tile divides."""
+
+
+class TestFused(BackendContract):
+    plugin = Anywhere
+    architecture = SMALL
+    formats = ("none",)
+    prompt_tokens = 5
+    steps = 3
+    buffer_bytes = 2**20
+
+
+class TestFusedAroundLayers(TestFused):
+    """A format's layers between the kernels that do what is left."""
+
+    formats = ("nf4",)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+OTHERS = {
+    "three blocks, a group of seven": replace(SMALL, layers=3, hidden=160, q_heads=7),
+    "a group of one": replace(SMALL, q_heads=2, kv_heads=2),
+    "a group of eight, no bias": replace(SMALL, model_type="mistral", q_heads=8, qkv_bias=False),
+    "wide heads, a tied embedding": replace(SMALL, q_heads=4, head_dim=128, tied_embeddings=True),
+    "Llama 3's rotary positions": replace(SMALL, model_type="llama", q_heads=4, qkv_bias=False, rope_scaling=LLAMA3),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_shapes(what: str) -> None:
+    suite = type("Suite", (TestFused,), {"architecture": OTHERS[what]})
+    suite().test_steps_equal_a_full_forward("static", "none", 2)
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_nothing_is_read_that_was_not_written(quant: str) -> None:
+    """Buffers and the unused rows of the cache hold NaNs before the first step."""
+    suite = type("Suite", (TestFused,), {"plugin": Poisoned, "formats": (quant,)})
+    suite().test_steps_equal_a_full_forward("static", quant, 1)
+
+
+def test_a_prompt_of_every_part() -> None:
+    """Fewer rows than parts, as many, and some more: an empty part has no weight."""
+    for tokens in (1, 3, 7):
+        suite = type("Suite", (TestFused,), {"prompt_tokens": tokens, "steps": 1})
+        suite().test_steps_equal_a_full_forward("static", "none", 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["model=tiny"], "heads of 32; it takes 64, 128"),
+        (["model.q_heads=6", "model.kv_heads=2"], "query heads a key head: 3; it takes 1, 4, 7, 8"),
+        (["protocol.batch_size=5"], "streams: 5; it takes 1, 2, 3, 4"),
+        (["attention=sdpa-math"], "pins another"),
+        (["attention=flashinfer"], "does not host attention=flashinfer"),
+        (["execution=compile"], "cannot be launched by execution=compile"),
+        (["execution.cache=dynamic"], "works on a static cache"),
+    ],
+)
+def test_what_it_does_not_take_is_refused_before_anything_loads(
+    plan: Plan, overrides: list[str], reason: str
+) -> None:
+    refusal = refused(plan("backend=fused", *overrides), Outcome.UNSUPPORTED)
+    assert reason in refusal.reason
+
+
+def test_it_runs_on_cuda_alone(plan: Plan) -> None:
+    assert "runs on cuda" in refused(plan("backend=fused", device=CPU), Outcome.UNSUPPORTED).reason
+
+
+@pytest.mark.parametrize("model", ["qwen2.5-0.5b", "qwen2.5-7b", "mistral-7b-v0.3", "llama-3.1-8b"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_study_s_models_are_taken(plan: Plan, model: str, batch: int) -> None:
+    shape = (f"model={model}", f"protocol.batch_size={batch}", "context=16384")
+    for execution in ("eager", "cuda_graph"):
+        cell = plan("backend=fused", f"execution={execution}", *shape, device=H200)
+        assert cell.refusal is None or cell.refusal.outcome is Outcome.MISSING_DEPENDENCY
+        assert cell.config.execution.cache == "static"
+
+
+def test_eager_keeps_its_growing_cache_in_other_bodies(plan: Plan) -> None:
+    assert plan("backend=hf").config.execution.cache == "dynamic"
+
+
+NEAR = Tile(2, 512, 4)
+
+
+def test_the_nearest_tile_holds() -> None:
+    known = Table([row(product, rows=8, columns=2048, warps=8) for product in PRODUCTS])
+    assert known.tile("a GPU", "out", 64, 4096, 64) == Tile(8, 2048, 8)
+    known.set(Place("a GPU", "out"), Tile(4, 1024, 4))
+    known.set(Place("a GPU", "out", 64, 4096), NEAR)
+    assert known.tile("a GPU", "out", 64, 4096, 64) == NEAR
+    assert known.tile("a GPU", "out", 64, 2048, 64) == Tile(4, 1024, 4)
+    assert known.tile("another", "out", 64, 4096, 64) == Tile(8, 2048, 8)
+    assert Table(known.known()).tile("a GPU", "out", 64, 4096, 64) == NEAR
+
+
+def test_a_tile_divides_the_rows_and_is_no_wider_than_they_are() -> None:
+    known = Table([row("out", rows=8, columns=2048, warps=8)])
+    assert known.tile("a GPU", "out", 40, 300, 20) == Tile(4, 512, 8)
+
+
+def test_every_part_of_a_cache_may_have_rows() -> None:
+    known = Table([row("attention", parts=33, rows=64, warps=4)])
+    assert known.parts("a GPU", 2083, 4) == Parts(33, 64, 4)
+    assert known.parts("a GPU", 100, 4) == Parts(2, 64, 4)
+
+
+def test_rfloor_s_own_table_has_a_tile_for_everything() -> None:
+    for product in PRODUCTS:
+        table().tile("no such GPU", product, 4096, 4096, 64)
+    table().parts("no such GPU", 2083, 8)
+
+
+def test_another_table_of_tiles_is_another_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "tabled"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    found = set()
+    for rows in (1, 2):
+        (package / "tiles.yaml").write_text(f"- rows: {rows}")
+        source_digest.cache_clear()
+        found.add(source_digest("tabled", FusedBackend.data))
+    assert len(found) == 2
+    assert TABLE.name in FusedBackend.data
