@@ -53,6 +53,7 @@ class FusedBackend(Backend):
     model: Any = None
     step: Any = None
     _cache: Any = None
+    _weights: Any = None
     _rotation: Any = ()
 
     @classmethod
@@ -86,7 +87,7 @@ class FusedBackend(Backend):
         """See `Backend.load`."""
         import torch
 
-        from backends.fused.step import Step, Weights
+        from backends.fused.step import Weights
         from backends.fused.tree import rotary, tree
 
         setup, a = self.setup, self.setup.architecture
@@ -107,7 +108,7 @@ class FusedBackend(Backend):
         self._rotation = rotary(a, capacity, setup.device)
         shape = (2, a.layers, setup.batch_size, a.kv_heads, capacity, a.head_dim)
         self._cache = torch.zeros(shape, dtype=setup.dtype, device=setup.device)
-        weights = Weights(
+        self._weights = Weights(
             blocks,
             [tuple(block[name].weight for name in NORMS) for block in decoder["layers"]],
             decoder["embed_tokens"].weight,
@@ -115,8 +116,14 @@ class FusedBackend(Backend):
             self.model["lm_head"].weight,
             *self._rotation,
         )
+        self.cut(self.tiles())
+
+    def cut(self, tiles: Table) -> None:
+        """Make the step with these tiles."""
+        from backends.fused.step import Step
+
         keys, values = self._cache
-        self.step = Step(a, weights, keys, values, self.tiles())
+        self.step = Step(self.setup.architecture, self._weights, keys, values, tiles)
 
     def tiles(self) -> Table:
         """How the kernels cut their work."""
@@ -186,7 +193,7 @@ class FusedBackend(Backend):
     def close(self) -> None:
         """See `Backend.close`."""
         self._converted, self._stacked = {}, {}
-        self.model = self.step = self._cache = None
+        self.model = self.step = self._cache = self._weights = None
         self._rotation = ()
 
 

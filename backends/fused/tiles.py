@@ -1,4 +1,4 @@
-"""Which tile a kernel takes for a shape on a device: a table, `tiles.yaml`, that `backends.fused.tune` writes."""
+"""Which tile a kernel takes for a shape on a device: a table, `tiles.yaml`, that `bench/fused_tiles.py` writes."""
 
 from __future__ import annotations
 
