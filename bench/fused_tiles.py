@@ -3,11 +3,11 @@
     python bench/fused_tiles.py tune [--model qwen2.5-7b] [--context 2048] [--batch 1] [--layers 8] [--passes 2]
     python bench/fused_tiles.py account [--model qwen2.5-7b] [--context 2048] [--batch 1]
 
-`tune` changes one product's tile at a time and keeps what makes the captured step shorter by more than half a percent,
-in the chain and not alone: a tile that is best alone is not best behind another kernel. It starts with what
+`tune` changes one product's tile at a time and keeps what makes the captured step shorter by more than half a
+percent, in the chain and not alone: a tile that is best alone is not best behind another kernel. It starts with what
 `backends/fused/tiles.yaml` has and writes what it found there. `account` replays the whole step with each kind of
-launch left out in turn: what the step is shorter by is what that kind takes in the chain, and its bytes over that time
-are its GB/s there. Leaving a launch out changes what is computed and not what the others read.
+launch left out in turn: what the step is shorter by is what that kind takes in the chain, and its bytes over that
+time are its GB/s there. Leaving a launch out changes what is computed and not what the others read.
 """
 
 from __future__ import annotations

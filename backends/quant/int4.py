@@ -1,0 +1,98 @@
+"""rfloor's own int4: a tensor core product that reads a weight as it lies in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from backends.quant import groupwise
+from backends.quant.layouts import GptqLayout, GroupwiseOptions, check_scales, in_order
+from registry.api import BadInput, LinearFormat, unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+GROUP = 128
+ZERO = groupwise.MIDDLE - 1
+"""What GPTQ's checkpoints store for the symmetric zero."""
+
+
+class Int4(GptqLayout, LinearFormat):
+    """Symmetric int4 with a float16 scale for 128 input features, out of GPTQ's checkpoints or rounded here.
+
+    On CUDA up to eight rows go through the kernel, more through a dequantised weight; on the CPU all do.
+    """
+
+    executions = ("eager", "cuda_graph")
+    data = ("../int4/product.cu", "../int4/binding.cpp")
+    Options = GroupwiseOptions
+
+    def fits(self, architecture: Any) -> None:
+        """See `CheckpointFormat.fits`."""
+        if self.group_size != GROUP:
+            raise BadInput(f"quant.options.group_size={self.group_size}: int4's kernel has groups of {GROUP}")
+        super().fits(architecture)
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """See `CheckpointFormat.adopt`."""
+        super().adopt(config)
+        if not self.symmetric or self.desc_act or self.group_size != GROUP:
+            raise BadInput(
+                f"int4 reads symmetric GPTQ folders in groups of {GROUP} without an activation order; this one has "
+                f"sym={self.symmetric}, desc_act={self.desc_act}, group_size={self.group_size}: use quant=gptq"
+            )
+
+    @classmethod
+    def kernel_names(cls, options: Any, device: str) -> tuple[str, ...]:
+        """See `Plugin.kernel_names`."""
+        return ("int4_product",) if device == "cuda" else ()
+
+    @classmethod
+    def builds(cls, options: Any, device: str) -> str:
+        """See `Plugin.builds`."""
+        return "rfloor's int4 kernel" if device == "cuda" else ""
+
+    @classmethod
+    def build(cls, options: Any, device: str) -> None:
+        """See `Plugin.build`."""
+        from backends.int4.product import extension
+
+        extension()
+
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        """See `LinearFormat.convert`."""
+        from backends.int4.layout import ROWS
+
+        if linear.in_features % GROUP or linear.out_features % ROWS:
+            raise unsupported(
+                f"int4 needs input features in multiples of {GROUP} and output features in multiples of {ROWS}; this "
+                f"model has a layer of {linear.in_features} x {linear.out_features}",
+                "Use quant=none",
+            )
+        codes, scales, _ = groupwise.symmetric(linear.weight.data, GROUP)
+        return _made(linear, codes, scales)
+
+    def from_tensors(self, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """See `LinearFormat.from_tensors`."""
+        scales = tensors["scales"]
+        check_scales(scales)
+        if not in_order(tensors["g_idx"]):
+            raise unsupported("the checkpoint's groups are in an activation order, which int4 does not follow")
+        if bool((groupwise.unpack_columns(tensors["qzeros"]) != ZERO).any()):
+            raise unsupported("the checkpoint has zeros of its own, and int4 multiplies symmetric weights")
+        return _made(linear, groupwise.unpack_rows(tensors["qweight"]).T, scales.T.half())
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """See `LinearFormat.dequantize`."""
+        layer: Any = module
+        weight: Tensor = layer.weight()
+        return weight
+
+
+def _made(linear: nn.Linear, codes: Tensor, scales: Tensor) -> nn.Module:
+    from backends.int4.layout import pack, pack_scales
+    from backends.int4.product import Int4Linear
+
+    bias = None if linear.bias is None else linear.bias.data
+    return Int4Linear(pack(codes), pack_scales(scales), bias, linear.weight.dtype)

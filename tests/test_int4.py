@@ -1,0 +1,163 @@
+"""Our int4: its layout held against PTX's own description of a tensor core tile, and the format's contract."""
+
+from typing import Any
+
+import pytest
+
+from backends.quant import groupwise
+from backends.quant.gptq import Gptq
+from backends.quant.int4 import Int4
+from backends.quant.layouts import GroupwiseOptions
+from registry.outcome import BadInput, Refused
+from registry.testing import LinearFormatContract
+
+FILE = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+
+
+class TestInt4(LinearFormatContract):
+    plugin = Int4
+    shapes = ((128, 16), (256, 96), (896, 128))
+
+
+def codes(rows: int, columns: int) -> Any:
+    import torch
+
+    return torch.randint(16, (rows, columns), generator=torch.Generator().manual_seed(rows)).to(torch.uint8)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 128), (48, 256), (32, 896)])
+def test_packing_loses_nothing(rows: int, columns: int) -> None:
+    import torch
+
+    from backends.int4.layout import pack, pack_scales, unpack, unpack_scales
+
+    given, scales = codes(rows, columns), torch.rand(rows, columns // 128).half()
+    assert torch.equal(unpack(pack(given)), given)
+    assert torch.equal(unpack_scales(pack_scales(scales)), scales)
+
+
+def mma(a: Any, b: Any) -> Any:
+    """`mma.m16n8k16` out of each lane's registers: a `[32, 8]`, b `[32, 4]`, the result `[32, 4]`.
+
+    PTX ISA 9, "Matrix Fragments for mma.m16n8k16 with floating point type".
+    """
+    import torch
+
+    left, right, out = torch.zeros(16, 16), torch.zeros(16, 8), torch.zeros(32, 4)
+    for lane in range(32):
+        group, inside = lane // 4, lane % 4
+        for i in range(8):
+            row = group + 8 * (i in (2, 3, 6, 7))
+            left[row, inside * 2 + i % 2 + 8 * (i >= 4)] = a[lane, i]
+        for i in range(4):
+            right[inside * 2 + i % 2 + 8 * (i >= 2), group] = b[lane, i]
+    product = left @ right
+    for lane in range(32):
+        for i in range(4):
+            out[lane, i] = product[lane // 4 + 8 * (i >= 2), lane % 4 * 2 + i % 2]
+    return out
+
+
+def test_a_lane_s_words_are_what_a_tensor_core_takes() -> None:
+    """The kernel's arithmetic, lane by lane: the words' pairs of codes against the activations that a lane loads."""
+    import torch
+
+    from backends.int4.layout import pack
+
+    columns, streams = 256, 3
+    given = codes(16, columns)
+    words = pack(given)
+    x = torch.randn(streams, columns, generator=torch.Generator().manual_seed(1))
+    sums = torch.zeros(32, 4)
+    for group in range(columns // 128):
+        for step in range(8):
+            a, b = torch.zeros(32, 8), torch.zeros(32, 4)
+            for lane in range(32):
+                word = int(words[0, group, step // 4, lane, step % 4]) & 0xFFFFFFFF
+                for pair in range(4):  # lop3 of `word >> 4 * pair`: the lower and the upper half of a register
+                    shifted = word >> (4 * pair)
+                    a[lane, 2 * pair], a[lane, 2 * pair + 1] = shifted & 15, (shifted >> 16) & 15
+                stream, block = lane // 4, lane % 4
+                if stream < streams:
+                    first = group * 128 + block * 32 + step * 4
+                    b[lane] = x[stream, first : first + 4]
+            sums += mma(a, b)
+    want = x @ given.float().T
+    for lane in range(32):
+        for i in range(4):
+            stream, row = lane % 4 * 2 + i % 2, lane // 4 + 8 * (i >= 2)
+            expected = float(want[stream, row]) if stream < streams else 0.0
+            assert float(sums[lane, i]) == pytest.approx(expected, rel=1e-4, abs=1e-3)
+
+
+def test_a_code_behind_128_is_exact_in_bf16() -> None:
+    import torch
+
+    bits = torch.tensor([0x4300 | code for code in range(16)], dtype=torch.int16)
+    assert bits.view(torch.bfloat16).tolist() == [128.0 + code for code in range(16)]
+
+
+def linear(rows: int, columns: int) -> Any:
+    import torch
+
+    made = torch.nn.Linear(columns, rows, bias=True, dtype=torch.bfloat16).requires_grad_(requires_grad=False)
+    made.weight.copy_(torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)))
+    return made
+
+
+def test_a_checkpoint_of_gptq_s_is_the_same_weight() -> None:
+    import torch
+
+    gptq, int4, layer = Gptq(Gptq.Options()), Int4(GroupwiseOptions()), linear(64, 256)
+    stored = gptq.encode(layer.weight.data, "")
+    with torch.inference_mode():
+        module = int4.from_tensors(layer, stored)
+        assert torch.equal(int4.dequantize(module), gptq.decode(stored).bfloat16())
+        assert torch.equal(int4.dequantize(int4.convert(layer)), int4.dequantize(module))
+
+
+@pytest.mark.parametrize("what", ["order", "zeros", "scales"])
+def test_a_checkpoint_that_it_does_not_follow_is_refused(what: str) -> None:
+    import torch
+
+    gptq, int4, layer = Gptq(Gptq.Options()), Int4(GroupwiseOptions()), linear(64, 256)
+    stored = gptq.encode(layer.weight.data, "")
+    if what == "order":
+        stored["g_idx"] = stored["g_idx"].flip(0)
+    elif what == "zeros":
+        stored["qzeros"] = groupwise.pack_columns(torch.full((2, 64), 6, dtype=torch.uint8))
+    else:
+        stored["scales"][0, 0] = torch.inf
+    with pytest.raises(Refused):
+        int4.from_tensors(layer, stored)
+
+
+@pytest.mark.parametrize("change", [{"sym": False}, {"desc_act": True}, {"group_size": 64}])
+def test_a_folder_of_another_kind_is_bad_input(change: dict[str, Any]) -> None:
+    Int4(GroupwiseOptions()).adopt(FILE)
+    with pytest.raises(BadInput, match="use quant=gptq"):
+        Int4(GroupwiseOptions()).adopt(FILE | change)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns"), [(4608, 3584), (3584, 18944), (128, 896), (4096, 14336), (896, 4864)])
+@pytest.mark.parametrize("streams", [1, 3, 8])
+def test_the_kernel_multiplies(rows: int, columns: int, streams: int) -> None:
+    """Every warp count and every stream against float32, its output poisoned beforehand."""
+    import torch
+
+    from backends.int4.product import WARPS, extension
+
+    int4 = Int4(GroupwiseOptions())
+    layer = linear(rows, columns).cuda()
+    with torch.inference_mode():
+        module: Any = int4.convert(layer)
+        x = torch.randn(streams, columns, device="cuda", dtype=torch.bfloat16)
+        want = x.float() @ int4.dequantize(module).float().T + layer.bias.float()
+        poison = torch.full((streams, rows), torch.nan, device="cuda", dtype=torch.bfloat16)
+        del poison
+        for warps in WARPS:
+            for blocks in (1, 132, 4096):
+                out = extension().product(x, module.words, module.scales, module.bias, warps, blocks)
+                error = (out.float() - want).norm() / want.norm()
+                assert error < 0.005, f"{warps} warps, {blocks} blocks"
