@@ -14,14 +14,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from registry import logs
+from registry import faults, logs
 from registry import record as records
 from registry.mlflow_client import TrackingDown, opened
 from registry.outcome import BadInput, nearest
 from registry.process import has_ended, this_process
 from registry.record import Record
 from registry.redact import Redactor, environment_secrets, known_secrets, redact
-from registry.registration import HASH_TAG, KIND, Registration
+from registry.registration import HASH_TAG, KIND, LOGGED_TAG, Logged, Registration
 from registry.shown import NAME_LIMIT, PARAM_LIMIT, REGISTRATION, STATUS, TAG_LIMIT, VIEW, flatten, saved_view, tags
 from registry.validate import SERVERS, sqlite_file
 
@@ -172,6 +172,8 @@ class Tracker:
     def open_experiment(self, registration: Registration) -> str:
         """Start the run of an experiment; its cells have runs of their own.
 
+        It begins when it is opened, whenever that is: what was registered earlier says so itself.
+
         Args:
             registration: What was fixed beforehand.
 
@@ -182,7 +184,19 @@ class Tracker:
             TrackingDown: See the class.
         """
         name = f"experiment {registration.experiment.name}"
-        return self.open(registration.record_id, name, {}, registration.tags(), registration.registered_at)
+        opened = {LOGGED_TAG: faults.now().isoformat(timespec="milliseconds")}
+        return self.open(registration.record_id, name, {}, registration.tags() | opened)
+
+    def logged(self, run_id: str) -> Logged:
+        """Since when MLflow has a registration.
+
+        Args:
+            run_id: Of the experiment's own run.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        return Logged.told(run_id, self._ask(self._client.get_run, run_id).data.tags.get(LOGGED_TAG, ""))
 
     def log_registration(self, run_id: str, file: Path) -> None:
         """Log the file of what was registered to its experiment's run.

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -422,9 +423,14 @@ def test_what_was_claimed_is_registered_before_the_first_arm_and_judged_after_th
     cells = [run for run in runs if run is not own]
     assert len(cells) == 4
     assert own.info.status == "FINISHED"
-    assert own.info.start_time <= min(run.info.start_time for run in cells)
     file = measured.folder / "records" / "experiments" / f"{sweep_id}-arms.json"
     content = json.loads(file.read_text())
+    began = min(datetime.fromisoformat(record["started_at"]) for record in measured.records())
+    logged = datetime.fromisoformat(own.data.tags["registration.logged_at"])
+    assert datetime.fromisoformat(content["registered_at"]) <= logged <= began
+    assert own.info.start_time >= int(logged.timestamp() * 1000), "the run begins when it is opened, not earlier"
+    assert own.info.start_time <= min(run.info.start_time for run in cells)
+    assert file.stat().st_mtime <= began.timestamp() + 0.001, "which is told in milliseconds"
     assert own.data.tags["registration.sha256"] == content["sha256"]
     assert {artifact.path for artifact in client.list_artifacts(own.info.run_id)} == {
         "registration.json",
@@ -434,6 +440,7 @@ def test_what_was_claimed_is_registered_before_the_first_arm_and_judged_after_th
     verdict = own.data.tags["verdict"].split(":")[0]
     assert verdict in ("survives", "killed", "inconclusive")
     assert f"{verdict}: the math kernel is no faster" in measured.stdout
+    assert f" on disk and in MLflow, run {own.info.run_id}; sha256" in measured.stdout
     assert content["sha256"][:16] in own.data.tags["verdict"]
     assert {run.data.tags["session"] for run in cells} == {"0", "1"}
     told = file.with_suffix("") / "report.md"
@@ -595,9 +602,12 @@ def test_an_imported_sweep_gives_the_same_report(measured: Sweep, tmp_path: Path
             runs = client.search_runs([client.get_experiment_by_name("rfloor").experiment_id])
             assert len(runs) == 5, told
         assert cli.main(["report", "arms", f"out={tmp_path / 'told'}", uri]) == 0
-    verdicts = [line for line in (tmp_path / "told" / "report.md").read_text().splitlines() if line.startswith("**")]
-    assert verdicts
-    assert all(verdict.strip("*") in measured.stdout for verdict in verdicts)
+    told_later = (tmp_path / "told" / "report.md").read_text()
+    verdict, registered = [line.strip("*") for line in told_later.splitlines() if line.startswith("**")]
+    assert verdict in measured.stdout
+    assert re.search(
+        r"on disk only; MLflow's run \w+ was opened .*, later than the first cell began; sha", registered
+    )
 
 
 def test_what_mlflow_does_not_take_of_the_report_is_told_and_counts(start: Start) -> None:

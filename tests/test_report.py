@@ -241,6 +241,26 @@ def test_runs_measured_under_another_registration_decide_nothing(
     assert "left out of the sweep: 6 runs" in told[1]
 
 
+@pytest.mark.parametrize(
+    ("tag", "words"),
+    [
+        ("2026-07-01T10:00:00.000+00:00", " on disk and in MLflow, run mine; sha256"),  # when the first cell began
+        ("2026-07-01T10:00:00.001+00:00", " on disk only; MLflow's run mine was opened 2026-07-01T10:00:00.001"),
+        ("", " on disk; MLflow's run mine does not say when it was opened; sha256"),
+        ("2026-07-01T10:00:00", "does not say when"),
+        (None, " on disk only; sha256"),
+    ],
+)
+def test_a_verdict_says_whether_mlflow_had_the_thresholds_before_the_first_cell(
+    sessions: list[Observation], experiment: ExperimentConfig, tag: str | None, words: str
+) -> None:
+    one = fixed(experiment, sessions)
+    logged = {} if tag is None else {one.record_id: registration.Logged.told("mine", tag)}
+    line = build(experiment, under(one, sessions), [one], logged=logged).verdict_lines[-1]
+    assert line.startswith(f"registered {one.registered_at}{words.partition(' on')[1]}")
+    assert words in line
+
+
 def test_there_is_no_verdict_before_the_last_session(
     sessions: list[Observation], experiment: ExperimentConfig
 ) -> None:

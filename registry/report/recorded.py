@@ -63,7 +63,8 @@ def report(
     if absent := set(sweeps) - {one.record.sweep_id for one in observations}:
         raise BadInput(f"no run of experiment={experiment.name} is of the sweep {', '.join(sorted(absent))}")
     fixed, unread = tracker.recorded(REGISTRATION, registrations.from_json, own, sweeps) if own else ([], [])
-    found = build(experiment, observations, [registration for _, registration in fixed], prices)
+    logged = {one.record_id: tracker.logged(run_id) for run_id, one in fixed}
+    found = build(experiment, observations, [registration for _, registration in fixed], prices, logged)
     files = write(found, folder)
     place = POOLED if len(fixed) > 1 else ""
     for run_id, one in fixed:
