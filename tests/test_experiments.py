@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import re
 import shutil
 from collections import Counter
@@ -288,6 +289,33 @@ def test_each_arm_leads_as_often_as_the_other(sessions: int) -> None:
             assert abs(led.count(arms[0]) - led.count(arms[1])) == sessions % 2
         leaders.add(first)
     assert len(leaders) == 20
+
+
+def led(seed: int) -> list[list[bool]]:
+    """For two blocks of two arms, whether the first arm leads in each of ten sessions."""
+    found = [cell for _, cell in order([0, 0, 1, 1], sessions=10, seed=seed)][::2]
+    return [[cell == 2 * block for cell in found if cell // 2 == block] for block in (0, 1)]
+
+
+def test_who_leads_is_drawn_anew_for_each_session() -> None:
+    """Of the 252 patterns in which each arm leads five of ten sessions all are met, as often as each other; so the
+    next session has the same leader in 4 of 9 cases."""
+    seeds = 2520
+    patterns = Counter(tuple(led(seed)[0]) for seed in range(seeds))
+    same = sum(n * sum(map(operator.eq, p, p[1:])) for p, n in patterns.items()) / (9 * seeds)
+    # Of all patterns the number of sessions that are led as the one before has the variance 4 * 5 / 9.
+    assert same == pytest.approx(4 / 9, abs=4 * (20 / 9 / seeds) ** 0.5 / 9)
+    assert len(patterns) == 252
+    chi_square = sum((count - 10) ** 2 / 10 for count in patterns.values())
+    assert abs(chi_square - 251) < 4 * (2 * 251) ** 0.5
+
+
+def test_who_leads_in_one_block_says_nothing_of_another() -> None:
+    """The same session has the same leader in both blocks as often as not."""
+    seeds = 1000
+    agreed = sum(sum(map(operator.eq, *led(seed))) for seed in range(seeds)) / (10 * seeds)
+    # Sessions in which both agree: twice a hypergeometric count of variance 25 / 36.
+    assert agreed == pytest.approx(0.5, abs=4 * (4 * 25 / 36 / seeds) ** 0.5 / 10)
 
 
 # Claims
