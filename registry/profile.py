@@ -282,6 +282,8 @@ def figures(profile: Mapping[str, Any], step_ms: float) -> dict[str, float]:
             has nothing to do in a step that nobody watches. Kept where it is below 0, never clipped.
     """
     told: dict[str, float] = {}
+    if "wall_us" in profile:
+        told["profiled_step_ms"] = profile["wall_us"] / 1e3
     if "busy_us" in profile:
         told["gpu_busy_ms"] = profile["busy_us"] / 1e3
         told["launch_gap_ms"] = step_ms - told["gpu_busy_ms"]

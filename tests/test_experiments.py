@@ -80,7 +80,15 @@ def test_what_a_report_may_be_made_of_is_what_there_is() -> None:
 
 @pytest.mark.parametrize(
     ("name", "cells"),
-    [("matrix", 12), ("graphs_ab", 6), ("batch4", 14), ("attention", 40), ("quant", 15), ("profile", 2)],
+    [
+        ("matrix", 12),
+        ("graphs_ab", 6),
+        ("batch4", 14),
+        ("attention", 40),
+        ("stack", 27),
+        ("quant", 15),
+        ("profile", 2),
+    ],
 )
 def test_how_many_cells(composer: Composer, name: str, cells: int) -> None:
     assert len(jobs(composer, f"experiment={name}")) == cells
@@ -166,6 +174,11 @@ def test_an_arm_that_is_left_out_is_refused(composer: Composer, profiles: dict[s
     [
         ({"name": "a/b"}, "a name of letters"),
         ({"study": [StudyFigure("r_floor", 0.0, "h100", source="s")]}, "a ratio to it is told"),
+        ({"study": [StudyFigure("", 1.0, "h100", source="s")]}, "a ratio to it is told"),
+        ({"study": [StudyFigure(gpu="h100", source="s", outcome="omm")]}, "did you mean oom"),
+        ({"study": [StudyFigure("speedup", gpu="h100", source="s", outcome="oom")]}, "no metric and no value beside"),
+        ({"study": [StudyFigure("r_floor", 1.0, "h100", source="s", over="mean")]}, "over=mean: "),
+        ({"study": [StudyFigure("r_floor", 1.0, "h100", source="s", cells=-1)]}, "cells=-1: at least 1"),
         ({"arms": "exekution"}, "arms is one of"),
         ({"arms": "execution"}, "has a baseline and a candidate"),
         ({"report": ["matricks"]}, "did you mean matrix"),
