@@ -465,7 +465,9 @@ def test_the_cheapest_lever_of_each_gpu(arm: Any, composer: Composer) -> None:
     text = markdown(build(told, found, prices={"h200": 3.6}))
     # 3.6 $/h and 10 ms a token: 0.001 $/s, 100 tokens a second, 10 $ a million.
     assert re.search(
-        r"\| tiny \| 2048 \| 1 \| h200 \|.* cuda_graph .*\| 3\.60 \| 10\.00 \| 10\.00 \| 1\.00 \| 1 \|", text
+        r"\| tiny \| 2048 \| 1 \| h200 \|.* cuda_graph .*"
+        r"\| 3\.60 \| 10\.00 \| 10\.00% \|  \| 10\.00 \| 1\.00 \| 1 \|",
+        text,
     )
 
 
@@ -497,10 +499,22 @@ def test_a_plain_cell_has_the_study_s_name_and_keys(arm: Any, tmp_path: Path) ->
     assert list(found) == ["tiny_h200_ctx2048.json"]
 
 
-def test_a_stack_s_flags(arm: Any, tmp_path: Path) -> None:
-    found = exported(tmp_path, "stack", run(arm("execution=cuda_graph"), 0))
-    [content] = found.values()
-    assert (content["attn"], content["compile"], content["graphs"]) == ("sdpa", False, True)
+@pytest.mark.parametrize(
+    ("execution", "skips", "compiled", "graphs"),
+    [
+        ("eager", 0, False, False),
+        ("cuda_graph", 0, False, True),
+        ("compile", 0, True, False),
+        ("compile-reduce-overhead", 0, True, True),
+        ("compile-reduce-overhead", 2, True, False),
+    ],
+)
+def test_a_stack_s_flags(arm: Any, tmp_path: Path, execution: str, skips: int, compiled: bool, graphs: bool) -> None:
+    """A compile mode that records CUDA graphs has both, unless they were skipped."""
+    one = run(arm(f"execution={execution}"), 0)
+    one.record.measured = one.record.measured | {"execution": {"cudagraph_skips": skips}}
+    [content] = exported(tmp_path, "stack", one).values()
+    assert (content["attn"], content["compile"], content["graphs"]) == ("sdpa", compiled, graphs)
 
 
 def test_a_profile_s_keys(arm: Any, tmp_path: Path) -> None:
