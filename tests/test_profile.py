@@ -60,7 +60,7 @@ ONE_PROFILE = {
     "launch_us": 8,
     "sync_us": 58,
     "cpu_cuda_ratio": 1.65,
-    "kernels": {"gemv": {"count": 2, "us": 40}},
+    "kernels": {f"void gemv<{kind}>(int)": {"count": 1, "us": 20} for kind in ("float", "half")},
     "calls": {
         "cudaDeviceSynchronize": {"count": 1, "us": 58},
         "cudaLaunchKernel": {"count": 2, "us": 4},
@@ -391,7 +391,8 @@ def test_on_the_cpu_the_profiler_s_time_is_in_the_operators(wall_us: float, told
 
 def test_a_table_has_kernels_and_copies() -> None:
     assert rows(ONE_PROFILE) == [
-        Row("gemv", 2, 40, 40 / 45),
+        Row("void gemv<float>(int)", 1, 20, 20 / 45),
+        Row("void gemv<half>(int)", 1, 20, 20 / 45),
         Row("Memcpy", 1, 10, 10 / 45),
         Row("Memset", 1, 10, 10 / 45),
     ]
