@@ -305,9 +305,11 @@ def test_the_study_s_dollars_are_beside_the_ladder_s_cheapest_cell_at_the_ladder
         "exllamav2 exl2 sdpa eager at 3.60 $/h."
     )
     [row] = rows(titled(build(named("cost"), found, prices={"h100": 36.0}).sections, "$/Mtok"))
-    assert (row["$/h"], row["TPOT ms"], row["$/Mtok"], row["times the cheapest"]) == (
+    assert (row["$/h"], row["TPOT ms"], row["within"], row["across"], row["$/Mtok"], row["times the cheapest"]) == (
         "36.00",
         "10.00",
+        "10.00%",
+        "",
         "100.00",
         "1.00",
     )
@@ -379,6 +381,9 @@ def test_a_picture_of_kernels_has_a_point_for_each(make: Make) -> None:
     section = attention(found)[0]
     [figure] = section.figures() if section.figures else []
     assert [list(points.y) for points in figure.data] == [["sdpa context=2048", "sdpa context=4096"], []]
+    assert list(figure.data[0].hovertext) == ["run run01", "run run02"]
+    ticks = dict(zip(figure.layout.xaxis.ticktext, figure.layout.xaxis.tickvals, strict=True))
+    assert ticks == {"10": 10, "20": 20, "50": 50, "100": 100, "200": 200, "500": 500}
 
 
 @pytest.mark.parametrize(
@@ -539,7 +544,8 @@ def test_kernels_alone_are_left_out_of_what_tells_of_steps(make: Make, named: Na
     page(told)
     if name == "cost":
         return
-    assert any(re.fullmatch("left out of .*: 2 runs of attention kernels alone", fact) for fact in told.facts)
+    words = "left out of .*: 2 runs of attention kernels alone"
+    assert any(re.fullmatch(words, fact) for fact in told.facts) == (name != "attention")
     steps = arms(make, (14.0,), (11.0,))
     told, without = build(named(name), [*steps, *kernels]), build(named(name), steps)
     page(told)
@@ -708,6 +714,10 @@ def test_each_quantisation_s_cells_have_a_distribution_and_a_map_of_their_own(ma
     ]
     maps = [figure.data[0].z for figure in (cells_.figures() if cells_.figures else [])]
     assert maps == [([0.5],), ([0.25, 0.1],)]
+    figures = cells_.figures() if cells_.figures else []
+    assert {figure.data[0].zmax for figure in figures} == {0.5}
+    assert {figure.layout.yaxis.autorange for figure in figures} == {"reversed"}
+    assert [figure.data[0].customdata for figure in figures] == [(["run run00"],), (["run run01", "run run02"],)]
 
 
 def test_variants_table(make: Make, named: Named) -> None:
@@ -725,6 +735,23 @@ def test_variants_table(make: Make, named: Named) -> None:
     ]
     told = rows(section)[1]
     assert [told[key] for key in ("r_floor", "mbu", "peak GB", "$/Mtok")] == ["0.312", "0.300", "6.96", "16.00"]
+
+
+def test_a_stack_s_launches_are_set_against_the_plain_eager_step(make: Make, named: Named) -> None:
+    """20 ms eager; 16 ms compiled in 31.4 s, with another kernel 10 ms: 1.25 and 2 times as fast."""
+    found = [run(make(), 0, 20.0), run(make("execution=compile"), 1, 16.0)]
+    found.append(run(make("execution=compile", "attention=sdpa-math"), 2, 10.0))
+    found.append(run(make("execution=compile", "attention=fa2"), 3, outcome=Outcome.CRASH, metrics={}))
+    for one in found[1:3]:
+        one.record.metrics["compile_s"] = 31.4
+    told = rows(titled(build(named("stack"), found).sections, "Cells"))
+    assert {(row["TPOT ms"], row["speedup"], row["over eager"], row["compile s"]) for row in told} == {
+        ("20.00", "1.00", "1.00", ""),
+        ("16.00", "1.00", "1.25", "31.4"),
+        ("10.00", "1.60", "2.00", "31.4"),
+        ("", "", "", ""),
+    }
+    assert "compile s" not in titled(build(named("stack"), found[:1]).sections, "Cells").tables[0].headings
 
 
 @pytest.mark.parametrize("other", ["execution.cache=static", "protocol.seed=5", "context=4096", "model=tiny"])
@@ -785,10 +812,30 @@ def test_profiles_table(make: Make, named: Named) -> None:
     ]
     table = rows(titled(sections, "Kernels of"))
     assert [list(row.values()) for row in table] == [
-        ["gemv", "2", "40.0", "88.9%"],
-        ["Memcpy", "1", "10.0", "22.2%"],
-        ["Memset", "1", "10.0", "22.2%"],
+        ["gemv<float>(int)", "1", "0", "20.0", "44.4%"],
+        ["gemv<half>(int)", "1", "0", "20.0", "44.4%"],
+        ["Memcpy", "1", "0", "10.0", "22.2%"],
+        ["Memset", "1", "0", "10.0", "22.2%"],
     ]
+
+
+def test_a_profile_s_kernels_are_counted_a_block_and_told_apart_by_their_full_names(make: Make, named: Named) -> None:
+    """Of 28 blocks: 84 launches are 3 a block, 57 are 2 and the final norm's; the head's one is none of a block's."""
+    one = run(make(), 0, 0.1)
+    add, fill = (f"void at::native::each<8, at::native::{name}<c10::BFloat16> >(int)" for name in ("Add", "Fill"))
+    kernels = {add: 57, "void gemv<1>(int)": 84, fill: 28, "head": 1}
+    entries = {name: {"count": count, "us": 100 - place} for place, (name, count) in enumerate(kernels.items())}
+    one.record.measured = {"profile": ONE_PROFILE | {"kernels": entries, "memcpys": 0, "memsets": 0}}
+    section = titled(build(named("profile"), [one]).sections, "Kernels of")
+    assert [[row[key] for key in ("kernel", "a step", "a block")] for row in rows(section)] == [
+        ["at::native::each<8, Add<BFloat16> >(int)", "57", "2"],
+        ["gemv", "84", "3"],
+        ["at::native::each<8, Fill<BFloat16> >(int)", "28", "1"],
+        ["head", "1", "0"],
+    ]
+    one.record.config["model"] = one.record.config["model"] | {"layers": 1}
+    section = titled(build(named("profile"), [one]).sections, "Kernels of")
+    assert [row["a block"] for row in rows(section)] == [""] * 4
 
 
 def test_a_profile_whose_parts_make_the_step_says_so(make: Make, named: Named) -> None:
@@ -815,6 +862,10 @@ def test_a_picture_of_pairs_has_each_session_and_the_thresholds_of_its_own_block
     section = titled(build(named("graphs_ab"), found).sections, "eager against")
     short, long = section.figures() if section.figures else []
     assert [list(trace.y) for trace in short.data] == [[15.0, 10.0], [1.5]]
+    assert [list(trace.hovertext) for trace in short.data] == [
+        ["session 1, run run02", "session 1, run run03"],
+        ["run run02 over run run03"],
+    ]
     assert list(short.layout.xaxis2.ticktext) == ["1"]
     assert [list(trace.y) for trace in long.data] == [[12.0, 10.0], [15.0, 10.0], [1.2, 1.5]]
     assert [(line.y0, line.line.color) for line in short.layout.shapes] == [(1.5, "#3465a4"), (1.15, "#cc0000")]
@@ -830,6 +881,29 @@ def test_the_steps_of_each_run_have_their_quantiles(make: Make, named: Named) ->
     one.record.step_times_ms = [float(time) for time in range(20, 41)]
     told = rows(titled(build(named("matrix"), [one, lost]).sections, "Step times"))
     assert [[*row.values()][1:] for row in told] == [["0", "21", "20.000", "22.000", "30.000", "38.000", "40.000"]]
+
+
+def test_each_run_has_a_strip_of_its_own(make: Make, named: Named) -> None:
+    """Beside the other session's of its cell, and apart from the next cell's."""
+    found = [*arms(make, (14.0, 15.0), (11.0, 12.0)), call(make(*KERNEL), 9, 40.0, 1.12)]
+    sections = build(named("attention"), found).sections
+    step, alone = titled(sections, "Step times"), titled(sections, "Call times")
+    [figure] = step.figures() if step.figures else []
+    assert [(strip.y0, sorted(strip.x)[1], strip.hovertext) for strip in figure.data] == [
+        (0, 14.0, "session 0, run run00"),
+        (1, 15.0, "session 1, run run02"),
+        (3, 11.0, "session 0, run run01"),
+        (4, 12.0, "session 1, run run03"),
+    ]
+    assert len({strip.marker.color for strip in figure.data[:2]}) == 2
+    assert dict(zip(figure.layout.yaxis.tickvals, figure.layout.yaxis.ticktext, strict=True)) == {
+        0.5: "eager",
+        3.5: "cuda_graph",
+    }
+    [figure] = alone.figures() if alone.figures else []
+    assert [[*strip.x] for strip in figure.data] == [[36.0, 40.0, 44.0]]
+    assert [row["p50"] for row in rows(alone)] == ["40.000"]
+    assert "Microseconds" in alone.text[0]
 
 
 def test_one_gpu_is_no_ladder_and_gets_no_picture(make: Make, named: Named) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import AGAIN, PLAIN, cells, only, same_software
-from registry.report.pieces import points
+from registry.report.pieces import log_axis, points
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,7 +116,7 @@ def _calls(kernels: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
         kinds = {named(one, told) for one in own}
         figure.update_layout(
             title=f"one call at the shape of {model}: median, least and greatest session",
-            xaxis={"title": "us, logarithmic", "type": "log"},
+            xaxis=log_axis("us, logarithmic", figure),
             height=180 + 34 * len(kinds),
         )
         figure.update_yaxes(autorange="reversed", automargin=True)

@@ -98,7 +98,8 @@ def _curves(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
     for name, members in groups.items():
         if len(members) > 1:
             sizes, times = [_batch(one) for one in members], [one.median(TPOT) for one in members]
-            figure.add_trace(go.Scatter(x=sizes, y=times, name=name, mode="lines+markers"))
+            traces = [one.traces for one in members]
+            figure.add_trace(go.Scatter(x=sizes, y=times, name=name, mode="lines+markers", hovertext=traces))
     figure.update_layout(
         xaxis={"title": "batch", "dtick": 1}, yaxis={"title": "step time, ms", "rangemode": "tozero"}
     )

@@ -46,7 +46,7 @@ SECTIONS: dict[str, Maker] = {
     "steps": lambda runs, *_: steps(runs),
 }
 """What an experiment's `report` may name."""
-OF_STEPS = ("batches", "matrix", "pairs", "variants", "profiles", "steps")
+OF_STEPS = ("batches", "matrix", "pairs", "variants", "profiles")
 """Sections on decode steps alone, which have no use for an attention kernel's calls."""
 PAGE, MARKDOWN = "report.html", "report.md"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -85,4 +86,19 @@ def _reaching(found: Sequence[Measured], names: Sequence[str], metric: str, name
     over = [max(one.values(metric)) - value for one, value in zip(found, middle, strict=True)]
     under = [value - min(one.values(metric)) for one, value in zip(found, middle, strict=True)]
     reach = {"type": "data", "symmetric": False, "array": over, "arrayminus": under}
-    return {"y": names, "x": middle, "name": name, "error_x": reach}
+    return {"y": names, "x": middle, "name": name, "error_x": reach, "hovertext": [one.traces for one in found]}
+
+
+def log_axis(title: str, figure: Any) -> dict[str, Any]:
+    """A logarithmic axis with a tick at each 1, 2 and 5 that a figure's points reach, written out.
+
+    Args:
+        title: The axis's.
+        figure: Plotly's, whose points are on it.
+    """
+    values = [value for trace in figure.data for value in trace.x if value > 0]
+    if not values:
+        return {"title": title, "type": "log"}
+    decades = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
+    return {"title": title, "type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}

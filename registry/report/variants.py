@@ -133,6 +133,7 @@ def _bars(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
             x=floors,
             name="floor",
             mode="markers",
+            hovertext=[one.traces for one in measured],
             marker={"symbol": "line-ns-open", "color": "#cc0000", "size": 16},
         )
     )
