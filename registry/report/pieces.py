@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import TYPE_CHECKING, Any
 
+from registry.alike import as_one, words
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, varying
 from registry.report.observation import cells
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from registry.report.observation import Measured, Observation
-
-NUMBER = re.compile(r"(?<![\w.#])\d+(?:\.\d+)?(?![\w.]*\w)")
-"""A number that is no part of a word or a version."""
 
 
 def not_measured(observations: Sequence[Observation]) -> list[Section]:
@@ -42,21 +39,12 @@ def weakened(observations: Sequence[Observation]) -> list[Section]:
         cell = named(one, axes)
         for run in one.observations:
             for warning in run.record.warnings:
-                told.setdefault(tuple(NUMBER.split(warning)), []).append((warning, cell, run))
+                told.setdefault(words(warning), []).append((warning, cell, run))
     rows = []
-    for words, those in told.items():
+    for those in told.values():
         warnings, its_cells, runs = zip(*those, strict=True)
-        rows.append(Row([_ranged(words, warnings), "; ".join(dict.fromkeys(its_cells))], runs))
+        rows.append(Row([as_one(warnings), "; ".join(dict.fromkeys(its_cells))], runs))
     return [Section("What weakens it", (), [Table(["warning", "cells"], rows, 2)])] if rows else []
-
-
-def _ranged(words: Sequence[str], warnings: Sequence[str]) -> str:
-    """Warnings of the same words as one."""
-    ranges = []
-    for column in zip(*map(NUMBER.findall, warnings), strict=True):
-        least, greatest = min(column, key=float), max(column, key=float)
-        ranges.append(least if float(least) == float(greatest) else f"{least} to {greatest}")
-    return "".join(part for pair in zip(words, [*ranges, ""], strict=True) for part in pair)
 
 
 def bars(found: Sequence[Measured], names: Sequence[str], metric: str, name: str, color: str) -> Any:
