@@ -28,10 +28,12 @@ from registry.validate import SERVERS, sqlite_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-    from registry.schema import TrackingConfig
+    from registry.schema import ExperimentConfig, TrackingConfig
 
 T = TypeVar("T")
 RECORD_TAG = "rfloor.record_id"
+REPORT = "report"
+"""The kind of a run that has nothing but a report over all runs."""
 PROCESS_TAG = "rfloor.process"
 """The process that opened a run and is to close it."""
 LEFT = "the process that measured this was killed; if its record lies on disk, rfloor import completes the run"
@@ -186,6 +188,17 @@ class Tracker:
         name = f"experiment {registration.experiment.name}"
         opened = {LOGGED_TAG: faults.now().isoformat(timespec="milliseconds")}
         return self.open(registration.record_id, name, {}, registration.tags() | opened)
+
+    def open_report(self, experiment: ExperimentConfig) -> str:
+        """The run of an experiment that measures nothing and tells of all runs: started once, and found again.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        record_id = f"{REPORT}-{experiment.name}"
+        run_id, _ = self.known(record_id).get(record_id, ("", False))
+        told = {"kind": REPORT, "experiment": experiment.name, "mlflow.note.content": experiment.question}
+        return run_id or self.open(record_id, f"{REPORT} {experiment.name}", {}, told)
 
     def logged(self, run_id: str) -> Logged:
         """Since when MLflow has a registration.
@@ -350,7 +363,7 @@ class Tracker:
                     run.info.status == "RUNNING" and not registrations
                 ):
                     continue
-                if sweeps and tags.get("sweep_id") not in sweeps:
+                if tags.get("kind") == REPORT or (sweeps and tags.get("sweep_id") not in sweeps):
                     continue
                 run_id = run.info.run_id
                 try:

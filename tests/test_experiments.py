@@ -506,6 +506,28 @@ def test_a_report_out_of_mlflow_says_the_same(
     assert "no faster" in capsys.readouterr().out
 
 
+def test_a_report_over_all_runs_has_one_run_of_its_own(
+    measured: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However often it is drawn; no report takes that run for a record."""
+    from sweeps import FAULTS
+
+    from registry import cli
+
+    uri = f"tracking.uri={database(tmp_path)}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FAULTS))
+        assert cli.main(["import", str(measured.folder / "records"), uri, f"tracking.artifacts={tmp_path}/a"]) == 0
+        for place in ("one", "two"):
+            assert cli.main(["report", "cost", f"out={tmp_path / place}", "price.cpu=1", uri]) == 0
+    client = MlflowClient(database(tmp_path))
+    runs = client.search_runs([client.get_experiment_by_name("rfloor").experiment_id], "tags.kind = 'report'")
+    [(name, status, run_id)] = [(run.info.run_name, run.info.status, run.info.run_id) for run in runs]
+    assert (name, status) == ("report cost", "FINISHED")
+    assert {artifact.path for artifact in client.list_artifacts(run_id)} == {"report.html", "report.md"}
+    capsys.readouterr()
+
+
 def test_a_report_over_several_sweeps_leaves_each_its_own(
     measured: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -657,7 +679,10 @@ def test_what_mlflow_does_not_take_of_the_report_is_told_and_counts(start: Start
     assert {record["outcome"] for record in ended.records()} == {"ok"}
     assert ended.code == 1
     assert "MLflow did not take every run" in ended.stdout
-    assert "rfloor import" in ended.stdout
+    [sweep_id] = {record["sweep_id"] for record in ended.records()}
+    uri = database(ended.home)
+    told = f"rfloor import {ended.folder}/records tracking.uri={uri} .*&& rfloor report arms sweep={sweep_id} "
+    assert re.search(f"{told}tracking.uri={uri}", ended.stdout)
 
 
 def test_a_run_whose_artifact_is_no_record_is_left_out_by_name(

@@ -424,6 +424,14 @@ def test_a_terminal_shows_what_a_report_is_about(
     assert "Sessions" not in shown
 
 
+def test_a_long_first_column_is_broken_into_lines(sessions: list[Observation]) -> None:
+    """A warning in one line would push the other columns off the screen; a cell's name is no longer than a line."""
+    for text, kind in (("throttled before the window by software power cap", "long"), ("h200, tiny", "short")):
+        table = Table(["what", "cells"], [Row([text, "eager"], sessions[:1]), Row(["short", "eager"])], 2)
+        told = page(Report("matrix", "How far?", sections=[Section("What", (), [table])]))
+        assert f'<td class="text {kind}">{text}</td><td class="text">eager</td>' in told
+
+
 def test_a_page_shows_what_it_is_given_as_text(sessions: list[Observation]) -> None:
     nasty = "<script>alert(1)</script>|x"
     table = Table(["a", nasty], [Row([nasty, "1"], sessions[:1])])

@@ -32,7 +32,7 @@ def report(
     """Write an experiment's report, and log it to the runs of the experiment's sweeps.
 
     Each of these gets what is said of its own registration as its verdict. A report over several sweeps stands in a
-    folder of its own beside the report that each sweep ended with.
+    folder of its own beside the report that each sweep ended with. What tells of all runs has a run for its report.
 
     Args:
         config: Names the experiment and where MLflow is.
@@ -69,6 +69,8 @@ def report(
     place = POOLED if len(fixed) > 1 else ""
     for run_id, one in fixed:
         tracker.tell_experiment(run_id, found.verdicts.get(one.record_id, ()), files, place)
+    if not own:
+        tracker.close_experiment(tracker.open_report(experiment), (), files)
     return found, files, [*problems, *unread]
 
 
