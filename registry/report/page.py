@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from registry.report.observation import Observation
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1320px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1480px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
 .verdict { background: #f2f5f9; border-left: 4px solid #3465a4; padding: .6rem 1rem; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
-th, td { padding: .25rem .45rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }
+th, td { padding: .25rem .35rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }
 th { border-bottom: 2px solid #999; } .text { text-align: left; }
 .short, .span { white-space: nowrap; } .long { overflow-wrap: anywhere; min-width: 22rem; }
 td { font-variant-numeric: tabular-nums; }

@@ -23,7 +23,6 @@ FIGURES = (
     ("peak GB", "peak_memory_gb", 2),
 )
 SPARE = (
-    "compile s",
     "peak GB",
     "decode peak GB",
     "across",
@@ -33,6 +32,7 @@ SPARE = (
     "$/Mtok",
     "speedup again",
     "again ms",
+    "compile s",
 )
 COMPILED = "compile s"
 TOLD = 4
