@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from registry import floor, stats
+from registry.alike import as_one, words
 from registry.outcome import Outcome
 from registry.repeats import by_cell
 from registry.schema import GROUPS
@@ -47,6 +48,9 @@ KERNEL_FIGURES = (
     ("GB/s", "call_gbs", "{:.0f}", 0),
 )
 """The same of an attention kernel alone."""
+Figure = tuple[str, str, str, int]
+FIGURES_OF: dict[str, tuple[Figure, ...]] = {"step": FIGURES, "attention": KERNEL_FIGURES}
+"""By the kind of record."""
 SPREADS = (("within",), ("across",))
 """Headings of the spreads of a cell that was measured in several sessions."""
 
@@ -122,22 +126,29 @@ class Reporter:
         self._progress.refresh()
 
 
-def results(records: Sequence[Record], width: int) -> Table:
-    """One row a cell: the axes that differ, the outcome, the figures that fit.
+def results(records: Sequence[Record], width: int) -> list[Table]:
+    """A table for each kind of record, one row a cell: the axes that differ, the outcome, the figures that fit.
 
     A cell that was measured in several sessions has the medians of their figures, and the spread of its step times
     within a session beside that of the sessions' medians.
     """
-    cells = _by_cell(records)
-    told = [axes_of(one[0].config) for one in cells]
+    kinds: dict[str, list[tuple[int, list[Record]]]] = {}
+    for row, sessions in enumerate(_by_cell(records), start=1):
+        kinds.setdefault(sessions[0].kind, []).append((row, sessions))
+    return [_of_kind(rows, FIGURES_OF[kind], width) for kind, rows in kinds.items()]
+
+
+def _of_kind(rows: Sequence[tuple[int, Sequence[Record]]], figures: Sequence[Figure], width: int) -> Table:
+    """The table of some cells, each with the number of its row among all."""
+    told = [axes_of(sessions[0].config) for _, sessions in rows]
     table, axes = _table(told)
-    known = {metric for record in records for metric in record.metrics} or {metric for _, metric, *_ in FIGURES}
-    figures = [figure for figure in (*FIGURES, *KERNEL_FIGURES) if width >= figure[3] and figure[1] in known]
+    known = {metric for _, sessions in rows for record in sessions for metric in record.metrics}
+    figures = [figure for figure in figures if width >= figure[3] and (figure[1] in known or not known)]
     table.add_column("outcome", no_wrap=True)
-    repeated = len(cells) < len(records)
+    repeated = any(len(sessions) > 1 for _, sessions in rows)
     for heading, *_ in [*figures, *(SPREADS if repeated else ())]:
         table.add_column(heading, justify="right", no_wrap=True)
-    for row, (sessions, cell) in enumerate(zip(cells, told, strict=True), start=1):
+    for (row, sessions), cell in zip(rows, told, strict=True):
         table.add_row(
             str(row),
             *(escape(cell[axis]) for axis in axes),
@@ -176,16 +187,29 @@ def _spreads(sessions: Sequence[Record]) -> list[str]:
 
 
 def notes(records: Sequence[Record]) -> list[str]:
-    """Why cells were not measured and what weakens those that were, each once with its rows' numbers."""
-    rows: dict[str, dict[int, None]] = {}
+    """Why cells were not measured and what weakens those that were, each once with its rows' numbers.
+
+    Warnings that differ in their numbers alone are one, with the least and the greatest of each.
+    """
+    found: dict[object, tuple[list[str], dict[int, None]]] = {}
+
+    def tell(key: object, text: str, row: int) -> None:
+        texts, rows = found.setdefault(key, ([], {}))
+        texts.append(text)
+        rows[row] = None
+
     for row, sessions in enumerate(_by_cell(records), start=1):
         for record in sessions:
             if record.reason:
                 remedy = f". {record.remedy}" if record.remedy else ""
-                rows.setdefault(f"{record.outcome.value}: {record.reason}{remedy}", {})[row] = None
+                text = f"{record.outcome.value}: {record.reason}{remedy}"
+                tell(text, text, row)
             for warning in record.warnings:
-                rows.setdefault(f"warning: {warning}", {})[row] = None
-    return [f"{_numbers([*found])} {text}" for text, found in rows.items()]
+                tell(words(warning), f"warning: {warning}", row)
+    return [
+        f"{_numbers([*rows])} {texts[0] if isinstance(key, str) else as_one(texts)}"
+        for key, (texts, rows) in found.items()
+    ]
 
 
 def tell_status(found: Sequence[Status], in_full: bool) -> None:

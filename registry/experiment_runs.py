@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from registry.call import Call
     from registry.record import Record
-    from registry.registration import Registration
+    from registry.registration import Logged, Registration
     from registry.report.document import Report
     from registry.tracking import Tracker
 
@@ -27,12 +27,12 @@ class Opened:
     Attributes:
         registration: What was fixed beforehand.
         file: Where it lies.
-        run_id: Its run in MLflow; `None` where MLflow did not take it.
+        logged: Its run in MLflow; `None` where MLflow did not take it.
     """
 
     registration: Registration
     file: Path
-    run_id: str | None
+    logged: Logged | None
 
 
 def open_runs(found: Sequence[Registration], folder: Path, call: Call) -> list[Opened]:
@@ -48,17 +48,17 @@ def open_runs(found: Sequence[Registration], folder: Path, call: Call) -> list[O
 
 def _open(registration: Registration, folder: Path, call: Call) -> Opened:
     # In this order, as with a cell: an import that finds the file finds its run too, and makes no second.
-    run_id = call.tracked(lambda mlflow: _run(mlflow, registration))
+    logged = call.tracked(lambda mlflow: _run(mlflow, registration))
     file = registrations.write(registration, folder)
-    if run_id:
-        call.tracked(lambda mlflow: mlflow.log_registration(run_id, file))
-    return Opened(registration, file, run_id)
+    if logged:
+        call.tracked(lambda mlflow: mlflow.log_registration(logged.run_id, file))
+    return Opened(registration, file, logged)
 
 
-def _run(mlflow: Tracker, registration: Registration) -> str:
+def _run(mlflow: Tracker, registration: Registration) -> Logged:
     """Of a sweep that is taken up again the run that it has already."""
     run_id, _ = mlflow.known(registration.record_id).get(registration.record_id, ("", False))
-    return run_id or mlflow.open_experiment(registration)
+    return mlflow.logged(run_id or mlflow.open_experiment(registration))
 
 
 def close_runs(opened: Sequence[Opened], measured: Sequence[Record], call: Call) -> list[tuple[Report, list[Path]]]:
@@ -82,9 +82,10 @@ def _close(
 ) -> tuple[Report, list[Path]]:
     own = [record for record in measured if record.experiment == one.registration.experiment.name]
     observations = [Observation(record, run_ids.get(record.record_id, "")) for record in own]
-    report = build(one.registration.experiment, observations, [one.registration])
+    logged = one.logged
+    known = {one.registration.record_id: logged} if logged else {}
+    report = build(one.registration.experiment, observations, [one.registration], logged=known)
     files = write(report, one.file.with_suffix(""))
-    run_id = one.run_id
-    if run_id:
-        call.tracked(lambda mlflow: mlflow.close_experiment(run_id, report.verdict_lines, files))
+    if logged:
+        call.tracked(lambda mlflow: mlflow.close_experiment(logged.run_id, report.verdict_lines, files))
     return report, files

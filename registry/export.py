@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.outcome import Outcome
 from registry.record import write_json
-from registry.schema import what_decides
+from registry.schema import COMPILE_MODES, what_decides
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -146,11 +146,18 @@ def _keys(shape: str, record: Record) -> dict[str, Any]:
     c = record.config
     launch = c["execution"].get("launch", c["execution"]["name"])  # older records say it by the name alone
     if shape == "stack":
-        compiled, graphs = launch == "compile", launch == "cuda_graph"
+        compiled = launch == "compile"
+        graphs = _records_graphs(record) if compiled else launch == "cuda_graph"
         return {"attn": c["attention"]["name"], "compile": compiled, "graphs": graphs}
     if shape == "profile":
         return {key: record.metrics[key] for key in ("bw_util", "cpu_cuda_ratio") if key in record.metrics}
     return {}
+
+
+def _records_graphs(record: Record) -> bool:
+    """Whether a compiled step was replayed as CUDA graphs: its mode says so, and none was skipped."""
+    skipped = record.measured.get("execution", {}).get("cudagraph_skips")
+    return COMPILE_MODES.get(record.config["execution"].get("mode") or "", False) and not skipped
 
 
 def _plain(name: str) -> str:

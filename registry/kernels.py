@@ -20,6 +20,10 @@ VIEWS = re.compile(
 )
 """Operators that only look at a tensor in another way, or make room for one."""
 
+NAMESPACES = re.compile(r"\b(at::native|c10|std)::")
+"""What PyTorch's kernels and their template arguments all begin with."""
+ARGUMENTS = 120
+"""Characters of template arguments that tell variants of a kernel apart."""
 TOLD = 8
 """Kernels that a message names."""
 
@@ -75,6 +79,26 @@ def short(kernels: Mapping[str, int]) -> dict[str, int]:
     for name, count in kernels.items():
         counts[bare(name)] += count
     return dict(sorted(counts.items(), key=lambda one: (one[0].startswith("at::"), -one[1])))
+
+
+def apart(names: Iterable[str]) -> dict[str, str]:
+    """What to call each of these kernels, by full name: the bare name where it tells it from the others.
+
+    Variants of one kernel have their template arguments behind it, and a number where so much of them is the same.
+    """
+    full = [*names]
+    several = Counter(map(bare, full))
+    told: dict[str, str] = {}
+    met: Counter[str] = Counter()
+    for name in full:
+        short_name = bare(name)
+        if several[short_name] > 1:
+            arguments = NAMESPACES.sub("", name.removeprefix("void ").replace("(anonymous namespace)::", ""))
+            arguments = arguments[len(NAMESPACES.sub("", short_name)) :]
+            short_name += arguments if len(arguments) <= ARGUMENTS else f"{arguments[:ARGUMENTS]}..."
+        met[short_name] += 1
+        told[name] = f"{short_name} #{met[short_name]}" if met[short_name] > 1 else short_name
+    return told
 
 
 def bare(name: str) -> str:

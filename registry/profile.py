@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from statistics import median, median_low
 from typing import TYPE_CHECKING, Any
 
-from registry.kernels import bare
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -180,7 +178,12 @@ def kernels_per_block(names: Iterable[str], layers: int) -> int | None:
     """
     if layers < 2:
         return None
-    return sum((2 * count + layers - 1) // (2 * layers) for count in Counter(names).values())
+    return sum(a_block(count, layers) for count in Counter(names).values())
+
+
+def a_block(count: float, layers: int) -> int:
+    """How often each block runs what a step runs `count` times: rounded, a half downwards."""
+    return int((2 * count + layers - 1) // (2 * layers))
 
 
 def summary(found: Sequence[Step], layers: int, device: str, unprofiled_ms: float) -> dict[str, Any]:
@@ -207,7 +210,7 @@ def summary(found: Sequence[Step], layers: int, device: str, unprofiled_ms: floa
         * `cpu_cuda_ratio`: the study's cpu/cuda, "the fraction of profiler wall time spent on the CPU side launching
           and synchronising kernels relative to GPU kernel time" (arXiv 2605.30571, Table 8), taken as (`launch_us` +
           `sync_us`) / `kernel_us`, the wait at the step's end included. The study's own script is not public;
-        * `kernels`, by their bare names, and `calls`: count and `us` each, the dearest first;
+        * `kernels`, by their full names, and `calls`: count and `us` each, the dearest first;
         * on the CPU, which has no kernels, `operators` with the time that is their own and none of their callees',
           and `operator_us`, in which any was running; what of the wall is left is Python.
     """
@@ -223,7 +226,7 @@ def summary(found: Sequence[Step], layers: int, device: str, unprofiled_ms: floa
     moved = [kind for kind in (MEMCPY, MEMSET) if any(_of(step.device, kind) for step in seen)]
     told |= _medians([_quantities(step, layers, moved) for step in seen])
     if seen:
-        told["kernels"] = _table([[(bare(i.name), i.us) for i in _of(step.device, KERNEL)] for step in seen])
+        told["kernels"] = _table([[(i.name, i.us) for i in _of(step.device, KERNEL)] for step in seen])
         told["calls"] = _table([[(i.name, i.us) for i in _of(step.host, CALL)] for step in seen])
     return told
 
@@ -282,6 +285,8 @@ def figures(profile: Mapping[str, Any], step_ms: float) -> dict[str, float]:
             has nothing to do in a step that nobody watches. Kept where it is below 0, never clipped.
     """
     told: dict[str, float] = {}
+    if "wall_us" in profile:
+        told["profiled_step_ms"] = profile["wall_us"] / 1e3
     if "busy_us" in profile:
         told["gpu_busy_ms"] = profile["busy_us"] / 1e3
         told["launch_gap_ms"] = step_ms - told["gpu_busy_ms"]

@@ -3,7 +3,8 @@
 It holds the question, the thresholds, the cells and their order, with a time and a hash. The verdict follows from it
 and from the records alone. Each record has the hash of the registration under which it was measured, so that another
 threshold cannot be put beneath them afterwards without changing every record too. Against who writes both anew no
-hash helps: there the run's creation time, which an MLflow server keeps, is the witness.
+hash helps, and MLflow takes a run's start from whoever opens it: the only witness then is the date that an artifact
+store of somebody else's gave the file.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ FIXED = ("arms", "baseline", "candidate", "claims")
 """What of an experiment decides its verdict."""
 HASH_TAG = "registration.sha256"
 """The tag by which a run in MLflow, of the experiment or of one of its cells, tells under what it was measured."""
+LOGGED_TAG = "registration.logged_at"
+"""The tag by which an experiment's run tells when it was opened, UTC, ISO 8601."""
 INTERVAL = f"Student's t, {CONFIDENCE:.0%}, of the mean over sessions of baseline / candidate median step time"
 
 
@@ -92,6 +95,28 @@ class Registration:
             "registration.claims": "; ".join(claims) or "none for this GPU",
             "mlflow.note.content": self.experiment.question,
         }
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Where MLflow has a registration.
+
+    Attributes:
+        run_id: The experiment's own run.
+        at: When that was opened; `None` where it does not say.
+    """
+
+    run_id: str
+    at: datetime | None = None
+
+    @classmethod
+    def told(cls, run_id: str, tag: str) -> Logged:
+        """As the run's tag has it, which anybody may have changed."""
+        try:
+            at = datetime.fromisoformat(tag)
+        except ValueError:
+            return cls(run_id)
+        return cls(run_id, at if at.tzinfo else None)
 
 
 def register(sweep_id: str, ordered: Sequence[tuple[int, Cell]], seed: int) -> list[Registration]:

@@ -155,18 +155,20 @@ class ClaimConfig:
 class StudyFigure:
     """A figure of the study, for the cells of `gpu` whose configuration has the values of `where` (dotted keys).
 
-    `metric` is one of a run's metrics or of a comparison's (`speedup`, `difference_ms`, and `baseline_ms` and
-    `candidate_ms`, which are means over the sessions where a run's metrics stand for their median), or
-    `usd_per_mtok`, that of the cheapest cell. `over` says what was taken over several cells (`min`, `median`, `max`),
-    and is empty for a figure of one cell.
+    `metric` is one of a run's metrics, which stand for their median over the sessions, or of those of two arms, two
+    cells or a GPU's cheapest cell (`registry.report.ours`). `over` says what was taken over several cells (`min`,
+    `median`, `max`), and is empty for a figure of one cell; `cells` is over how many of those described the study
+    took it, where it lacks some. In place of a metric's value the figure may be the `outcome` of its cells.
     """
 
-    metric: str = MISSING
-    value: float = MISSING
+    metric: str = ""
+    value: float | None = None
     gpu: str = MISSING
     where: dict[str, Any] = field(default_factory=dict)
     over: str = ""
     source: str = MISSING
+    outcome: str = ""
+    cells: int = 0
 
 
 @dataclass

@@ -403,7 +403,8 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         tell_report(report, files)
     if call.tracking_error:
         errors.add(call.tracking_error)
-    _tell_where(errors, config, call.tracker.page if call.tracker else "")
+    reports = [["rfloor", "report", one.experiment.name, f"sweep={sweep.sweep_id}"] for one in registered]
+    _tell_where(errors, config, call.tracker.page if call.tracker else "", reports)
     return 0 if not errors and all(record.outcome.benign for record in found) else 1
 
 
@@ -445,22 +446,33 @@ def _track(call: Call, tracking: TrackingConfig) -> None:
 
 
 def _tell(found: Sequence[Record]) -> None:
-    """Print the table and what weakens it."""
+    """Print the tables and what weakens them."""
     from registry.display import console, notes, results
 
     out = console()
-    out.print(results(found, out.width))
+    for table in results(found, out.width):
+        out.print(table)
     for line in notes(found):
         out.print(line, highlight=False, markup=False)
 
 
-def _tell_where(errors: set[str], config: Config, page: str) -> None:
-    """Print what MLflow did not take, and where to see what it took."""
+def _tell_where(errors: set[str], config: Config, page: str, reports: Sequence[Sequence[str]] = ()) -> None:
+    """Print what MLflow did not take, and where to see what it took.
+
+    Args:
+        errors: What MLflow said.
+        config: Of any cell.
+        page: Where the UI shows the runs.
+        reports: Commands that draw what an import does not bring: an experiment's verdict and report.
+    """
     from registry.display import console
 
     out = console()
     uri = redact(config.tracking.uri)
-    later = shlex.join(["rfloor", "import", config.records, f"tracking.uri={uri}", *_elsewhere(config.tracking)])
+    where = [f"tracking.uri={uri}", *_elsewhere(config.tracking)]
+    later = " && ".join(
+        shlex.join([*command, *where]) for command in (["rfloor", "import", config.records], *reports)
+    )
     for error in errors:
         told = f"MLflow did not take every run ({error}). Once it does: {later}"
         out.print(told, highlight=False, markup=False, soft_wrap=True)

@@ -14,24 +14,26 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from registry import logs
+from registry import faults, logs
 from registry import record as records
 from registry.mlflow_client import TrackingDown, opened
 from registry.outcome import BadInput, nearest
 from registry.process import has_ended, this_process
 from registry.record import Record
 from registry.redact import Redactor, environment_secrets, known_secrets, redact
-from registry.registration import HASH_TAG, KIND, Registration
+from registry.registration import HASH_TAG, KIND, LOGGED_TAG, Logged, Registration
 from registry.shown import NAME_LIMIT, PARAM_LIMIT, REGISTRATION, STATUS, TAG_LIMIT, VIEW, flatten, saved_view, tags
 from registry.validate import SERVERS, sqlite_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-    from registry.schema import TrackingConfig
+    from registry.schema import ExperimentConfig, TrackingConfig
 
 T = TypeVar("T")
 RECORD_TAG = "rfloor.record_id"
+REPORT = "report"
+"""The kind of a run that has nothing but a report over all runs."""
 PROCESS_TAG = "rfloor.process"
 """The process that opened a run and is to close it."""
 LEFT = "the process that measured this was killed; if its record lies on disk, rfloor import completes the run"
@@ -172,6 +174,8 @@ class Tracker:
     def open_experiment(self, registration: Registration) -> str:
         """Start the run of an experiment; its cells have runs of their own.
 
+        It begins when it is opened, whenever that is: what was registered earlier says so itself.
+
         Args:
             registration: What was fixed beforehand.
 
@@ -182,7 +186,30 @@ class Tracker:
             TrackingDown: See the class.
         """
         name = f"experiment {registration.experiment.name}"
-        return self.open(registration.record_id, name, {}, registration.tags(), registration.registered_at)
+        opened = {LOGGED_TAG: faults.now().isoformat(timespec="milliseconds")}
+        return self.open(registration.record_id, name, {}, registration.tags() | opened)
+
+    def open_report(self, experiment: ExperimentConfig) -> str:
+        """The run of an experiment that measures nothing and tells of all runs: started once, and found again.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        record_id = f"{REPORT}-{experiment.name}"
+        run_id, _ = self.known(record_id).get(record_id, ("", False))
+        told = {"kind": REPORT, "experiment": experiment.name, "mlflow.note.content": experiment.question}
+        return run_id or self.open(record_id, f"{REPORT} {experiment.name}", {}, told)
+
+    def logged(self, run_id: str) -> Logged:
+        """Since when MLflow has a registration.
+
+        Args:
+            run_id: Of the experiment's own run.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        return Logged.told(run_id, self._ask(self._client.get_run, run_id).data.tags.get(LOGGED_TAG, ""))
 
     def log_registration(self, run_id: str, file: Path) -> None:
         """Log the file of what was registered to its experiment's run.
@@ -336,7 +363,7 @@ class Tracker:
                     run.info.status == "RUNNING" and not registrations
                 ):
                     continue
-                if sweeps and tags.get("sweep_id") not in sweeps:
+                if tags.get("kind") == REPORT or (sweeps and tags.get("sweep_id") not in sweeps):
                     continue
                 run_id = run.info.run_id
                 try:

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from registry.device_lock import ON_BUSY
-from registry.outcome import BadInput, nearest
+from registry.experiments import OVER
+from registry.outcome import BadInput, Outcome, nearest
 from registry.redact import redact
 from registry.schema import AUTO, COMPILE_MODES, GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from registry.schema import Config, ExecutionConfig, GpuConfig, TrackingConfig
+    from registry.schema import Config, ExecutionConfig, GpuConfig, StudyFigure, TrackingConfig
 
 EXECUTIONS = ("eager", "cuda_graph", "compile")
 CACHES = ("dynamic", "static")
@@ -27,8 +28,6 @@ MEASURES = ("step", "attention")
 """What a cell may time: a whole decode step, or one attention kernel alone."""
 SIDES = ("below", "above")
 """Of its threshold on which a claim may be dead."""
-OVER = ("min", "median", "max")
-"""What a figure of the study may be over several cells."""
 STUDY_FILES = ("cells", "pairs", "stack", "quant", "profile")
 """What an experiment's cells may be to the study, which names and fills their files differently (its appendix A)."""
 SECTIONS = ("attention", "batches", "cost", "matrix", "pairs", "profiles", "variants", "study", "steps")
@@ -187,15 +186,26 @@ def _experiment(config: Config) -> Iterator[str]:
         if claim.speedup <= 0:
             yield f"{told}: speedup={claim.speedup}: more than 0"
     for figure in e.study:
-        if not figure.value:
-            yield f"{told}: the study's {figure.metric} is {figure.value}, and a ratio to it is told"
-        if figure.over and figure.over not in OVER:
-            yield f"{told}: over={figure.over}: {nearest(figure.over, OVER)}"
+        yield from (f"{told}: {problem}" for problem in _figure(figure))
     if e.study_files is not None and e.study_files not in STUDY_FILES:
         yield f"{told}: study_files={e.study_files}: {nearest(e.study_files, STUDY_FILES)}"
     for section in e.report:
         if section not in SECTIONS:
             yield f"{told}: no section of a report is called {section}: {nearest(section, SECTIONS)}"
+
+
+def _figure(figure: StudyFigure) -> Iterator[str]:
+    if figure.outcome:
+        if figure.outcome not in [*Outcome]:
+            yield f"outcome={figure.outcome}: {nearest(figure.outcome, [*Outcome])}"
+        if figure.metric or figure.value is not None:
+            yield f"the study's outcome {figure.outcome} is a figure of its own: no metric and no value beside it"
+    elif not (figure.metric and figure.value):
+        yield f"the study's {figure.metric or 'figure'} is {figure.value}, and a ratio to it is told"
+    if figure.over and figure.over not in OVER:
+        yield f"over={figure.over}: {nearest(figure.over, OVER)}"
+    if figure.cells < 0:
+        yield f"cells={figure.cells}: at least 1, or 0 for as many as it describes"
 
 
 def _choices(config: Config) -> Iterator[str]:

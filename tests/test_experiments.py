@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import operator
 import re
 import shutil
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -78,7 +80,15 @@ def test_what_a_report_may_be_made_of_is_what_there_is() -> None:
 
 @pytest.mark.parametrize(
     ("name", "cells"),
-    [("matrix", 12), ("graphs_ab", 6), ("batch4", 14), ("attention", 40), ("quant", 15), ("profile", 2)],
+    [
+        ("matrix", 12),
+        ("graphs_ab", 6),
+        ("batch4", 14),
+        ("attention", 40),
+        ("stack", 27),
+        ("quant", 15),
+        ("profile", 2),
+    ],
 )
 def test_how_many_cells(composer: Composer, name: str, cells: int) -> None:
     assert len(jobs(composer, f"experiment={name}")) == cells
@@ -164,6 +174,11 @@ def test_an_arm_that_is_left_out_is_refused(composer: Composer, profiles: dict[s
     [
         ({"name": "a/b"}, "a name of letters"),
         ({"study": [StudyFigure("r_floor", 0.0, "h100", source="s")]}, "a ratio to it is told"),
+        ({"study": [StudyFigure("", 1.0, "h100", source="s")]}, "a ratio to it is told"),
+        ({"study": [StudyFigure(gpu="h100", source="s", outcome="omm")]}, "did you mean oom"),
+        ({"study": [StudyFigure("speedup", gpu="h100", source="s", outcome="oom")]}, "no metric and no value beside"),
+        ({"study": [StudyFigure("r_floor", 1.0, "h100", source="s", over="mean")]}, "over=mean: "),
+        ({"study": [StudyFigure("r_floor", 1.0, "h100", source="s", cells=-1)]}, "cells=-1: at least 1"),
         ({"arms": "exekution"}, "arms is one of"),
         ({"arms": "execution"}, "has a baseline and a candidate"),
         ({"report": ["matricks"]}, "did you mean matrix"),
@@ -287,6 +302,33 @@ def test_each_arm_leads_as_often_as_the_other(sessions: int) -> None:
             assert abs(led.count(arms[0]) - led.count(arms[1])) == sessions % 2
         leaders.add(first)
     assert len(leaders) == 20
+
+
+def led(seed: int) -> list[list[bool]]:
+    """For two blocks of two arms, whether the first arm leads in each of ten sessions."""
+    found = [cell for _, cell in order([0, 0, 1, 1], sessions=10, seed=seed)][::2]
+    return [[cell == 2 * block for cell in found if cell // 2 == block] for block in (0, 1)]
+
+
+def test_who_leads_is_drawn_anew_for_each_session() -> None:
+    """Of the 252 patterns in which each arm leads five of ten sessions all are met, as often as each other; so the
+    next session has the same leader in 4 of 9 cases."""
+    seeds = 2520
+    patterns = Counter(tuple(led(seed)[0]) for seed in range(seeds))
+    same = sum(n * sum(map(operator.eq, p, p[1:])) for p, n in patterns.items()) / (9 * seeds)
+    # Of all patterns the number of sessions that are led as the one before has the variance 4 * 5 / 9.
+    assert same == pytest.approx(4 / 9, abs=4 * (20 / 9 / seeds) ** 0.5 / 9)
+    assert len(patterns) == 252
+    chi_square = sum((count - 10) ** 2 / 10 for count in patterns.values())
+    assert abs(chi_square - 251) < 4 * (2 * 251) ** 0.5
+
+
+def test_who_leads_in_one_block_says_nothing_of_another() -> None:
+    """The same session has the same leader in both blocks as often as not."""
+    seeds = 1000
+    agreed = sum(sum(map(operator.eq, *led(seed))) for seed in range(seeds)) / (10 * seeds)
+    # Sessions in which both agree: twice a hypergeometric count of variance 25 / 36.
+    assert agreed == pytest.approx(0.5, abs=4 * (4 * 25 / 36 / seeds) ** 0.5 / 10)
 
 
 # Claims
@@ -422,9 +464,14 @@ def test_what_was_claimed_is_registered_before_the_first_arm_and_judged_after_th
     cells = [run for run in runs if run is not own]
     assert len(cells) == 4
     assert own.info.status == "FINISHED"
-    assert own.info.start_time <= min(run.info.start_time for run in cells)
     file = measured.folder / "records" / "experiments" / f"{sweep_id}-arms.json"
     content = json.loads(file.read_text())
+    began = min(datetime.fromisoformat(record["started_at"]) for record in measured.records())
+    logged = datetime.fromisoformat(own.data.tags["registration.logged_at"])
+    assert datetime.fromisoformat(content["registered_at"]) <= logged <= began
+    assert own.info.start_time >= int(logged.timestamp() * 1000), "the run begins when it is opened, not earlier"
+    assert own.info.start_time <= min(run.info.start_time for run in cells)
+    assert file.stat().st_mtime <= began.timestamp() + 0.001, "which is told in milliseconds"
     assert own.data.tags["registration.sha256"] == content["sha256"]
     assert {artifact.path for artifact in client.list_artifacts(own.info.run_id)} == {
         "registration.json",
@@ -434,6 +481,7 @@ def test_what_was_claimed_is_registered_before_the_first_arm_and_judged_after_th
     verdict = own.data.tags["verdict"].split(":")[0]
     assert verdict in ("survives", "killed", "inconclusive")
     assert f"{verdict}: the math kernel is no faster" in measured.stdout
+    assert f" on disk and in MLflow, run {own.info.run_id}; sha256" in measured.stdout
     assert content["sha256"][:16] in own.data.tags["verdict"]
     assert {run.data.tags["session"] for run in cells} == {"0", "1"}
     told = file.with_suffix("") / "report.md"
@@ -456,6 +504,28 @@ def test_a_report_out_of_mlflow_says_the_same(
     before = measured.folder / "records" / "experiments" / f"{sweep_id}-arms" / "report.md"
     assert (target / "report.md").read_text() == before.read_text()
     assert "no faster" in capsys.readouterr().out
+
+
+def test_a_report_over_all_runs_has_one_run_of_its_own(
+    measured: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However often it is drawn; no report takes that run for a record."""
+    from sweeps import FAULTS
+
+    from registry import cli
+
+    uri = f"tracking.uri={database(tmp_path)}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FAULTS))
+        assert cli.main(["import", str(measured.folder / "records"), uri, f"tracking.artifacts={tmp_path}/a"]) == 0
+        for place in ("one", "two"):
+            assert cli.main(["report", "cost", f"out={tmp_path / place}", "price.cpu=1", uri]) == 0
+    client = MlflowClient(database(tmp_path))
+    runs = client.search_runs([client.get_experiment_by_name("rfloor").experiment_id], "tags.kind = 'report'")
+    [(name, status, run_id)] = [(run.info.run_name, run.info.status, run.info.run_id) for run in runs]
+    assert (name, status) == ("report cost", "FINISHED")
+    assert {artifact.path for artifact in client.list_artifacts(run_id)} == {"report.html", "report.md"}
+    capsys.readouterr()
 
 
 def test_a_report_over_several_sweeps_leaves_each_its_own(
@@ -595,9 +665,12 @@ def test_an_imported_sweep_gives_the_same_report(measured: Sweep, tmp_path: Path
             runs = client.search_runs([client.get_experiment_by_name("rfloor").experiment_id])
             assert len(runs) == 5, told
         assert cli.main(["report", "arms", f"out={tmp_path / 'told'}", uri]) == 0
-    verdicts = [line for line in (tmp_path / "told" / "report.md").read_text().splitlines() if line.startswith("**")]
-    assert verdicts
-    assert all(verdict.strip("*") in measured.stdout for verdict in verdicts)
+    told_later = (tmp_path / "told" / "report.md").read_text()
+    verdict, registered = [line.strip("*") for line in told_later.splitlines() if line.startswith("**")]
+    assert verdict in measured.stdout
+    assert re.search(
+        r"on disk only; MLflow's run \w+ was opened .*, later than the first cell began; sha", registered
+    )
 
 
 def test_what_mlflow_does_not_take_of_the_report_is_told_and_counts(start: Start) -> None:
@@ -606,7 +679,10 @@ def test_what_mlflow_does_not_take_of_the_report_is_told_and_counts(start: Start
     assert {record["outcome"] for record in ended.records()} == {"ok"}
     assert ended.code == 1
     assert "MLflow did not take every run" in ended.stdout
-    assert "rfloor import" in ended.stdout
+    [sweep_id] = {record["sweep_id"] for record in ended.records()}
+    uri = database(ended.home)
+    told = f"rfloor import {ended.folder}/records tracking.uri={uri} .*&& rfloor report arms sweep={sweep_id} "
+    assert re.search(f"{told}tracking.uri={uri}", ended.stdout)
 
 
 def test_a_run_whose_artifact_is_no_record_is_left_out_by_name(

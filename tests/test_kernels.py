@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from registry.kernels import bare, require, seen, short
+from registry.kernels import apart, bare, require, seen, short
 from registry.outcome import Outcome, Refused
 
 
@@ -60,3 +60,19 @@ def test_names_are_told_without_their_types_and_elementwise_ones_last() -> None:
         ("at::native::CatArrayBatchedCopy", 3),
     ]
     assert bare("void marlin::Marlin<__half, 2L>(int4 const*)") == "marlin::Marlin"
+
+
+def test_variants_of_a_kernel_are_called_by_what_tells_them_apart() -> None:
+    """By template arguments; by a number where these are the same for longer than anybody reads."""
+    add, mul = (f"void at::native::each<8, at::native::{name}<c10::BFloat16> >(int)" for name in ("Add", "Mul"))
+    long = [f"void cub::sum<{'float, ' * 40}{last}>(int)" for last in ("int", "long")]
+    told = apart([add, "void gemv<1>(int)", mul, *long])
+    assert [told[name] for name in (add, mul)] == [
+        "at::native::each<8, Add<BFloat16> >(int)",
+        "at::native::each<8, Mul<BFloat16> >(int)",
+    ]
+    assert told["void gemv<1>(int)"] == "gemv"
+    first, second = (told[name] for name in long)
+    assert first.startswith("cub::sum<float, float")
+    assert first.endswith("...")
+    assert second == f"{first} #2"

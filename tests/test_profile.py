@@ -60,7 +60,7 @@ ONE_PROFILE = {
     "launch_us": 8,
     "sync_us": 58,
     "cpu_cuda_ratio": 1.65,
-    "kernels": {"gemv": {"count": 2, "us": 40}},
+    "kernels": {f"void gemv<{kind}>(int)": {"count": 1, "us": 20} for kind in ("float", "half")},
     "calls": {
         "cudaDeviceSynchronize": {"count": 1, "us": 58},
         "cudaLaunchKernel": {"count": 2, "us": 4},
@@ -293,7 +293,7 @@ def test_on_the_cpu_operators_take_the_kernels_place() -> None:
             "aten::empty": {"count": 1, "us": 2},
         },
     }
-    assert figures(told, 0.08) == {"profiler_inflation": 1.25}
+    assert figures(told, 0.08) == {"profiled_step_ms": 0.1, "profiler_inflation": 1.25}
     assert rows(told)[:2] == [Row("aten::mm", 1, 28, 28 / 60), Row("aten::linear", 1, 17, 17 / 60)]
 
 
@@ -312,7 +312,7 @@ def test_where_no_step_was_seen_there_is_no_profile() -> None:
 def test_where_nothing_ran_on_the_device_the_step_s_time_is_left(seen: list[Interval]) -> None:
     told = profile(seen)
     assert told == {"steps": 1, "wall_us": 100, "inflation": 2.0}
-    assert figures(told, 0.05) == {"profiler_inflation": 2.0}
+    assert figures(told, 0.05) == {"profiled_step_ms": 0.1, "profiler_inflation": 2.0}
     assert rows(told) == []
     [doubt] = doubts(told, 0.05)
     assert doubt.startswith("torch.profiler saw nothing run on the device")
@@ -335,6 +335,7 @@ def test_the_split_is_set_against_the_unprofiled_step() -> None:
             "gpu_busy_ms": 0.045,
             "launch_gap_ms": 0.005,
             "host_ms": 0.035,
+            "profiled_step_ms": 0.1,
             "profiler_inflation": 2.0,
             "kernels_per_step": 2,
             "kernels_per_block": 0,
@@ -390,7 +391,8 @@ def test_on_the_cpu_the_profiler_s_time_is_in_the_operators(wall_us: float, told
 
 def test_a_table_has_kernels_and_copies() -> None:
     assert rows(ONE_PROFILE) == [
-        Row("gemv", 2, 40, 40 / 45),
+        Row("void gemv<float>(int)", 1, 20, 20 / 45),
+        Row("void gemv<half>(int)", 1, 20, 20 / 45),
         Row("Memcpy", 1, 10, 10 / 45),
         Row("Memset", 1, 10, 10 / 45),
     ]

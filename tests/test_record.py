@@ -393,6 +393,7 @@ def test_a_profile_adds_its_figures_and_changes_no_other(cell: Cell) -> None:
     added = {
         "gpu_busy_ms": 1.5,
         "launch_gap_ms": 0.5,  # of the 2 ms of an unprofiled step
+        "profiled_step_ms": 4.0,
         "host_ms": 3.5,
         "kernels_per_step": 33,
         "kernels_per_block": 10,

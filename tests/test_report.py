@@ -241,6 +241,26 @@ def test_runs_measured_under_another_registration_decide_nothing(
     assert "left out of the sweep: 6 runs" in told[1]
 
 
+@pytest.mark.parametrize(
+    ("tag", "words"),
+    [
+        ("2026-07-01T10:00:00.000+00:00", " on disk and in MLflow, run mine; sha256"),  # when the first cell began
+        ("2026-07-01T10:00:00.001+00:00", " on disk only; MLflow's run mine was opened 2026-07-01T10:00:00.001"),
+        ("", " on disk; MLflow's run mine does not say when it was opened; sha256"),
+        ("2026-07-01T10:00:00", "does not say when"),
+        (None, " on disk only; sha256"),
+    ],
+)
+def test_a_verdict_says_whether_mlflow_had_the_thresholds_before_the_first_cell(
+    sessions: list[Observation], experiment: ExperimentConfig, tag: str | None, words: str
+) -> None:
+    one = fixed(experiment, sessions)
+    logged = {} if tag is None else {one.record_id: registration.Logged.told("mine", tag)}
+    line = build(experiment, under(one, sessions), [one], logged=logged).verdict_lines[-1]
+    assert line.startswith(f"registered {one.registered_at}{words.partition(' on')[1]}")
+    assert words in line
+
+
 def test_there_is_no_verdict_before_the_last_session(
     sessions: list[Observation], experiment: ExperimentConfig
 ) -> None:
@@ -404,6 +424,14 @@ def test_a_terminal_shows_what_a_report_is_about(
     assert "Sessions" not in shown
 
 
+def test_a_long_first_column_is_broken_into_lines(sessions: list[Observation]) -> None:
+    """A warning in one line would push the other columns off the screen; a cell's name is no longer than a line."""
+    for text, kind in (("throttled before the window by software power cap", "long"), ("h200, tiny", "short")):
+        table = Table(["what", "cells"], [Row([text, "eager"], sessions[:1]), Row(["short", "eager"])], 2)
+        told = page(Report("matrix", "How far?", sections=[Section("What", (), [table])]))
+        assert f'<td class="text {kind}">{text}</td><td class="text">eager</td>' in told
+
+
 def test_a_page_shows_what_it_is_given_as_text(sessions: list[Observation]) -> None:
     nasty = "<script>alert(1)</script>|x"
     table = Table(["a", nasty], [Row([nasty, "1"], sessions[:1])])
@@ -445,7 +473,9 @@ def test_the_cheapest_lever_of_each_gpu(arm: Any, composer: Composer) -> None:
     text = markdown(build(told, found, prices={"h200": 3.6}))
     # 3.6 $/h and 10 ms a token: 0.001 $/s, 100 tokens a second, 10 $ a million.
     assert re.search(
-        r"\| tiny \| 2048 \| 1 \| h200 \|.* cuda_graph .*\| 3\.60 \| 10\.00 \| 10\.00 \| 1\.00 \| 1 \|", text
+        r"\| tiny \| 2048 \| 1 \| h200 \|.* cuda_graph .*"
+        r"\| 3\.60 \| 10\.00 \| 10\.00% \|  \| 10\.00 \| 1\.00 \| 1 \|",
+        text,
     )
 
 
@@ -477,10 +507,22 @@ def test_a_plain_cell_has_the_study_s_name_and_keys(arm: Any, tmp_path: Path) ->
     assert list(found) == ["tiny_h200_ctx2048.json"]
 
 
-def test_a_stack_s_flags(arm: Any, tmp_path: Path) -> None:
-    found = exported(tmp_path, "stack", run(arm("execution=cuda_graph"), 0))
-    [content] = found.values()
-    assert (content["attn"], content["compile"], content["graphs"]) == ("sdpa", False, True)
+@pytest.mark.parametrize(
+    ("execution", "skips", "compiled", "graphs"),
+    [
+        ("eager", 0, False, False),
+        ("cuda_graph", 0, False, True),
+        ("compile", 0, True, False),
+        ("compile-reduce-overhead", 0, True, True),
+        ("compile-reduce-overhead", 2, True, False),
+    ],
+)
+def test_a_stack_s_flags(arm: Any, tmp_path: Path, execution: str, skips: int, compiled: bool, graphs: bool) -> None:
+    """A compile mode that records CUDA graphs has both, unless they were skipped."""
+    one = run(arm(f"execution={execution}"), 0)
+    one.record.measured = one.record.measured | {"execution": {"cudagraph_skips": skips}}
+    [content] = exported(tmp_path, "stack", one).values()
+    assert (content["attn"], content["compile"], content["graphs"]) == ("sdpa", compiled, graphs)
 
 
 def test_a_profile_s_keys(arm: Any, tmp_path: Path) -> None:

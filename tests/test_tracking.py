@@ -542,7 +542,8 @@ def test_a_registration_that_an_import_finds_at_once_gets_no_second_run(
     [opened] = open_runs([registration], folder, call)
     assert call.tracking_error == ""
     [run] = store.runs()
-    assert run.info.run_id == opened.run_id
+    assert opened.logged
+    assert run.info.run_id == opened.logged.run_id
     assert store.artifact(run, "registration.json") == opened.file.read_bytes()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import AGAIN, PLAIN, cells, only, same_software
-from registry.report.pieces import points
+from registry.report.pieces import log_axis, points
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,9 +52,9 @@ def attention(observations: Sequence[Observation]) -> list[Section]:
         "sessions' medians; single calls in a graph vary more than the means that its replays give. GB/s are the "
         "bytes of keys, values, query and output over us/call.",
         "The share is that of all layers' calls in the second visit's median step, revisit_median_tpot_ms, of the "
-        "one cell with the same model, launch and cache, attention=sdpa, quant=none and backend=hf; where there "
-        "is no such cell, or are several, there is no share. A kernel in a graph has none: that launch's step has "
-        "a static cache.",
+        "one cell with the same model and launch, attention=sdpa, quant=none and backend=hf, whichever its cache: "
+        "the calls' is always dynamic, and the cache of a step in a graph is static. Where there is no such cell, or "
+        "are several, there is no share.",
         _enabled(kernels),
     ]
     return [
@@ -83,11 +83,12 @@ def _within(one: Measured) -> str:
 
 
 def _same_step(step: Measured, kernel: Measured) -> bool:
-    """Whether a step is the plain one of a kernel's model, launch and cache."""
+    """Whether a step is the plain one of a kernel's model and launch; the cache is each kind's own."""
     mine, theirs = kernel.config, step.config
     return (
         same_software(step, kernel)
-        and all(theirs[group] == mine[group] for group in ("model", "execution"))
+        and theirs["model"] == mine["model"]
+        and all(theirs["execution"].get(key) == mine["execution"].get(key) for key in ("name", "launch", "mode"))
         and all(theirs["protocol"][key] == mine["protocol"][key] for key in ("context", "batch_size"))
         and all(theirs[axis]["name"] == name for axis, name in PLAIN.items())
     )
@@ -115,7 +116,7 @@ def _calls(kernels: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
         kinds = {named(one, told) for one in own}
         figure.update_layout(
             title=f"one call at the shape of {model}: median, least and greatest session",
-            xaxis={"title": "us, logarithmic", "type": "log"},
+            xaxis=log_axis("us, logarithmic", figure),
             height=180 + 34 * len(kinds),
         )
         figure.update_yaxes(autorange="reversed", automargin=True)

@@ -22,7 +22,7 @@ def batches(observations: Sequence[Observation]) -> list[Section]:
     """Step time and tokens a second by batch size, each against batch 1 of the same cell."""
     found = sorted((one for one in cells(observations) if one.ok), key=_place)
     axes = [axis for axis in varying(found) if axis not in SHOWN] if found else []
-    rows = [_row(one, alone, axes) for one in found if (alone := _alone(one, found))]
+    rows = [_row(one, first, axes) for one in found if (first := alone(one, found))]
     headings = ["GPU", "model", "execution", *axes, "context", "batch", "TPOT ms", "within", "across"]
     headings += ["latency", "tok/s", "throughput"]
     text = [
@@ -30,7 +30,7 @@ def batches(observations: Sequence[Observation]) -> list[Section]:
         "and software; tokens a second are batch / median step time. within and across are coefficients of "
         "variation of the steps in a session and of the sessions' medians.",
     ]
-    if left := [one for one in found if not _alone(one, found)]:
+    if left := [one for one in found if not alone(one, found)]:
         text.append(f"Without one cell of batch 1 to be set against: {len(left)} cells.")
     table = Table([*headings, "decode peak GB"], rows, 5 + len(axes), ("decode peak GB", "within", "across"))
     return [Section("Batch size", text, [table], lambda: _curves(found, axes), True)]
@@ -40,7 +40,7 @@ def _batch(one: Measured) -> int:
     return int(one.config["protocol"]["batch_size"])
 
 
-def _alone(one: Measured, found: Sequence[Measured]) -> Measured | None:
+def alone(one: Measured, found: Sequence[Measured]) -> Measured | None:
     """The cell of batch 1 that differs in nothing else."""
     own = apart_from(one, BATCH)
     return only(
@@ -53,26 +53,38 @@ def _alone(one: Measured, found: Sequence[Measured]) -> Measured | None:
     )
 
 
+def latency(one: Measured, first: Measured) -> float | None:
+    """By what a step takes longer than that of batch 1."""
+    mine, theirs = one.median(TPOT), first.median(TPOT)
+    return mine / theirs if mine and theirs else None
+
+
+def throughput(one: Measured, first: Measured) -> float | None:
+    """By what there are more tokens a second than at batch 1."""
+    longer = latency(one, first)
+    return _batch(one) / longer if longer else None
+
+
 def _place(one: Measured) -> tuple[str, str, str, int, str, int]:
     c = one.config
     names = c["gpu"]["name"], c["model"]["name"], c["execution"]["name"], c["protocol"]["context"]
     return *names, apart_from(one, BATCH), _batch(one)
 
 
-def _row(one: Measured, alone: Measured, axes: Sequence[str]) -> Row:
+def _row(one: Measured, first: Measured, axes: Sequence[str]) -> Row:
     c, batch = one.config, _batch(one)
-    step, first = one.median(TPOT) or 0.0, alone.median(TPOT) or 0.0
+    step = one.median(TPOT)
     figures = [
         number(step, 2),
         percent(one.spread.within),
         percent(one.spread.across),
-        f"x{step / first:.2f}",
-        number(batch / step * 1e3, 1),
-        f"x{batch * first / step:.2f}",
+        f"x{number(latency(one, first), 2)}",
+        number(batch / step * 1e3 if step else None, 1),
+        f"x{number(throughput(one, first), 2)}",
     ]
     names = [c["gpu"]["name"], c["model"]["name"], c["execution"]["name"], *label(one, axes)]
     names += [str(c["protocol"]["context"]), str(batch)]
-    return Row([*names, *figures, number(one.median("decode_peak_memory_gb"), 2)], [*one.ok, *alone.ok])
+    return Row([*names, *figures, number(one.median("decode_peak_memory_gb"), 2)], [*one.ok, *first.ok])
 
 
 def _curves(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
@@ -86,7 +98,8 @@ def _curves(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
     for name, members in groups.items():
         if len(members) > 1:
             sizes, times = [_batch(one) for one in members], [one.median(TPOT) for one in members]
-            figure.add_trace(go.Scatter(x=sizes, y=times, name=name, mode="lines+markers"))
+            traces = [one.traces for one in members]
+            figure.add_trace(go.Scatter(x=sizes, y=times, name=name, mode="lines+markers", hovertext=traces))
     figure.update_layout(
         xaxis={"title": "batch", "dtick": 1}, yaxis={"title": "step time, ms", "rangemode": "tozero"}
     )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from registry.registration import Registration
+    from registry.registration import Logged, Registration
     from registry.report.document import Section
     from registry.report.observation import Observation, Pair
     from registry.schema import ExperimentConfig
@@ -46,7 +46,7 @@ SECTIONS: dict[str, Maker] = {
     "steps": lambda runs, *_: steps(runs),
 }
 """What an experiment's `report` may name."""
-OF_STEPS = ("batches", "matrix", "pairs", "variants", "profiles", "steps")
+OF_STEPS = ("batches", "matrix", "pairs", "variants", "profiles")
 """Sections on decode steps alone, which have no use for an attention kernel's calls."""
 PAGE, MARKDOWN = "report.html", "report.md"
 
@@ -56,6 +56,7 @@ def build(
     observations: Sequence[Observation],
     registrations: Sequence[Registration] = (),
     prices: Mapping[str, float] | None = None,
+    logged: Mapping[str, Logged] | None = None,
 ) -> Report:
     """Tell of an experiment.
 
@@ -65,6 +66,7 @@ def build(
         registrations: Of the sweeps that these belong to; their thresholds decide, not those that the configuration
             has now.
         prices: Dollars an hour by GPU profile, over those of the records.
+        logged: Where MLflow has these registrations, by their records.
     """
     observations, today = latest(observations), experiment
     if claimed := [one for one in registrations if one.experiment.claims]:
@@ -84,7 +86,7 @@ def build(
     if left := len(observations) - len(steps_alone):
         names = [name for name in experiment.report if name in OF_STEPS]
         report.facts += [f"left out of {', '.join(names)}: {left} runs of attention kernels alone"] if names else []
-    report.verdicts = verdicts(steps_alone, registrations, today)
+    report.verdicts = verdicts(steps_alone, registrations, today, logged or {})
     return report
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry import floor
 from registry.report.document import Row, Section, Table
-from registry.report.labels import label, number, varying
+from registry.report.labels import label, number, percent, varying
 from registry.report.observation import TPOT, Measured, cells
 
 if TYPE_CHECKING:
@@ -71,20 +71,22 @@ def cost(observations: Sequence[Observation], prices: Mapping[str, float]) -> li
     """
     priced, best = _priced(observations, prices), ladders(observations, prices)
     axes = [axis for axis in varying(priced) if axis not in ("model", "context", "batch_size", "gpu")]
-    headings = ["model", "context", "batch", "GPU", *axes, "$/h", "TPOT ms", "$/Mtok", "times the cheapest"]
+    headings = ["model", "context", "batch", "GPU", *axes, "$/h", "TPOT ms", "within", "across"]
+    headings += ["$/Mtok", "times the cheapest"]
     rows = [row for workload, ladder in sorted(best.items()) for row in _rows(workload, ladder, axes)]
     unpriced = sorted(
         {one.record.config["gpu"]["name"] for one in observations} - {one.config["gpu"]["name"] for one in priced}
     )
     text = [
         "Price an hour x median step time / batch, over the cells on record; idle time, network and storage are left "
-        "out. A GPU's price is the one given, else that of its newest record, with its source there.",
+        "out. A GPU's price is the one given, else that of its newest record, with its source there. within and "
+        "across are coefficients of variation of the steps in a session and of the sessions' medians.",
     ]
     if unpriced:
         text.append(
             f"Without a measured step and a price: {', '.join(unpriced)}; price.GPU=DOLLARS_AN_HOUR gives one."
         )
-    table = Table(headings, rows, text_columns=4 + len(axes))
+    table = Table(headings, rows, text_columns=4 + len(axes), spare=("within", "across"))
     return [Section("$/Mtok with the best lever of each GPU", text, [table], lambda: _ladder(best), True)]
 
 
@@ -107,6 +109,7 @@ def _rows(workload: Workload, ladder: Mapping[str, Rung], axes: Sequence[str]) -
             [
                 *(model, str(context), str(batch), gpu, *label(rung.cell, axes)),
                 *(number(rung.price, 2), number(rung.cell.median(TPOT), 2)),
+                *(percent(rung.cell.spread.within), percent(rung.cell.spread.across)),
                 *(number(rung.dollars, 2), f"{rung.dollars / least:.2f}"),
             ],
             rung.cell.ok,
@@ -128,6 +131,7 @@ def _ladder(best: Mapping[Workload, Mapping[str, Rung]]) -> list[Any]:
                 x=[rung.dollars for _, rung in ranked],
                 y=[f"{gpu}: {lever(rung.cell)}" for gpu, rung in ranked],
                 orientation="h",
+                hovertext=[rung.cell.traces for _, rung in ranked],
                 marker={"color": "#3465a4"},
                 texttemplate="%{x:.2f}",
             )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from registry.experiments import OVER
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import AGAIN, TPOT, cells
-from registry.report.study import OVER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,11 +84,13 @@ def _heat(found: Sequence[Measured], kinds: Sequence[str]) -> list[Any]:
     from plotly import graph_objects as go
 
     figures = []
+    greatest = max((ratio for one in found if (ratio := one.median(RATIO)) is not None), default=1.0)
     for _, own in _by_kind(found, kinds):
         models = list(dict.fromkeys(one.config["model"]["name"] for one in own))
         contexts = sorted({one.config["protocol"]["context"] for one in own})
-        ratio = {(one.config["model"]["name"], one.config["protocol"]["context"]): one.median(RATIO) for one in own}
-        values = [[ratio.get((model, context)) for context in contexts] for model in models]
+        at = {(one.config["model"]["name"], one.config["protocol"]["context"]): one for one in own}
+        places = [[at.get((model, context)) for context in contexts] for model in models]
+        values = [[one.median(RATIO) if one else None for one in row] for row in places]
         if values:
             figure = go.Figure(
                 go.Heatmap(
@@ -96,10 +98,11 @@ def _heat(found: Sequence[Measured], kinds: Sequence[str]) -> list[Any]:
                     x=[str(context) for context in contexts],
                     y=models,
                     zmin=0,
-                    zmax=1,
+                    zmax=greatest,
                     colorscale="Viridis",
                     texttemplate="%{z:.3f}",
-                    hovertemplate="%{y}, context %{x}: r_floor %{z:.4f}<extra></extra>",
+                    customdata=[[one.traces if one else "" for one in row] for row in places],
+                    hovertemplate="%{y}, context %{x}: r_floor %{z:.4f}<br>%{customdata}<extra></extra>",
                     colorbar={"title": "r_floor"},
                 )
             )
@@ -108,5 +111,6 @@ def _heat(found: Sequence[Measured], kinds: Sequence[str]) -> list[Any]:
                 xaxis_title="context, tokens",
                 height=190 + 60 * len(models),
             )
+            figure.update_yaxes(autorange="reversed")  # in the table's order
             figures.append(figure)
     return figures

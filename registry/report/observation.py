@@ -82,6 +82,11 @@ class Measured:
         return tuple(o for o in self.observations if o.record.outcome is Outcome.OK)
 
     @property
+    def traces(self) -> str:
+        """The runs that its figures come from, in a picture's hover text."""
+        return f"run {', '.join(o.trace for o in self.ok)}"
+
+    @property
     def outcome(self) -> str:
         """How the cell ended: one word where its sessions agree, else each with its number."""
         counts = Counter(o.record.outcome.value for o in self.observations)

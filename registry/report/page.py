@@ -12,16 +12,21 @@ if TYPE_CHECKING:
     from registry.report.observation import Observation
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1320px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1480px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
 .verdict { background: #f2f5f9; border-left: 4px solid #3465a4; padding: .6rem 1rem; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
-th, td { padding: .25rem .45rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }
+th, td { padding: .25rem .35rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }
 th { border-bottom: 2px solid #999; } .text { text-align: left; }
-td.text:first-child, .span { white-space: nowrap; } td { font-variant-numeric: tabular-nums; }
+.short, .span { white-space: nowrap; } .long { overflow-wrap: anywhere; min-width: 22rem; }
+td { font-variant-numeric: tabular-nums; }
 a { color: #3465a4; text-decoration: none; } code { font-size: .85em; }
 """
+
+
+SHORT = 44
+"""Characters of a first column that is not broken into lines."""
 
 
 def html(report: Report) -> str:
@@ -51,6 +56,8 @@ def _section(section: Section, numbered: dict[str, tuple[int, Observation]]) -> 
 def _table(table: Table, numbered: dict[str, tuple[int, Observation]]) -> str:
     traced = any(row.runs for row in table.rows)
     kinds = ["text"] * table.text_columns + [""] * (len(table.headings) - table.text_columns)
+    longest = max((len(row.cells[0]) for row in table.rows), default=0)
+    kinds[0] += " short" if longest <= SHORT else " long"
     head = "".join(
         f'<th class="{kind}">{escape(name)}</th>' for name, kind in zip(table.headings, kinds, strict=True)
     )

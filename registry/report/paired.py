@@ -121,14 +121,22 @@ def _plots(found: Sequence[Pair], experiment: ExperimentConfig) -> list[Any]:
         arms = [(experiment.baseline, pair.baseline), (experiment.candidate, pair.candidate)]
         figure = make_subplots(1, 2, subplot_titles=("step time of each session, ms", "speedup of each session"))
         times = [arm.values(TPOT) for _, arm in arms]
-        for run, one, other in zip(pair.baseline.ok, *times, strict=True):
+        runs = [*zip(pair.baseline.ok, pair.candidate.ok, strict=True)]
+        for both, one, other in zip(runs, *times, strict=True):
             line = {"x": [name for name, _ in arms], "y": [one, other], "mode": "lines+markers"}
-            figure.add_trace(
-                go.Scatter(line, name=f"session {run.record.session}", line={"color": "#3465a4", "width": 1}), 1, 1
-            )
+            traces = [f"session {run.record.session}, run {run.trace}" for run in both]
+            figure.add_trace(go.Scatter(line, hovertext=traces, line={"color": "#3465a4", "width": 1}), 1, 1)
         ratios = pair.comparison.ratios
         figure.add_trace(
-            go.Scatter(x=[*range(len(ratios))], y=ratios, mode="markers", marker={"color": "#3465a4"}), 1, 2
+            go.Scatter(
+                x=[*range(len(ratios))],
+                y=ratios,
+                mode="markers",
+                marker={"color": "#3465a4"},
+                hovertext=[f"run {one.trace} over run {other.trace}" for one, other in runs],
+            ),
+            1,
+            2,
         )
         if interval := pair.comparison.student:
             figure.add_hrect(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import math
 from typing import TYPE_CHECKING, Any
 
+from registry.alike import as_one, words
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, varying
 from registry.report.observation import cells
@@ -13,9 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from registry.report.observation import Measured, Observation
-
-NUMBER = re.compile(r"(?<![\w.#])\d+(?:\.\d+)?(?![\w.]*\w)")
-"""A number that is no part of a word or a version."""
 
 
 def not_measured(observations: Sequence[Observation]) -> list[Section]:
@@ -41,21 +39,12 @@ def weakened(observations: Sequence[Observation]) -> list[Section]:
         cell = named(one, axes)
         for run in one.observations:
             for warning in run.record.warnings:
-                told.setdefault(tuple(NUMBER.split(warning)), []).append((warning, cell, run))
+                told.setdefault(words(warning), []).append((warning, cell, run))
     rows = []
-    for words, those in told.items():
+    for those in told.values():
         warnings, its_cells, runs = zip(*those, strict=True)
-        rows.append(Row([_ranged(words, warnings), "; ".join(dict.fromkeys(its_cells))], runs))
+        rows.append(Row([as_one(warnings), "; ".join(dict.fromkeys(its_cells))], runs))
     return [Section("What weakens it", (), [Table(["warning", "cells"], rows, 2)])] if rows else []
-
-
-def _ranged(words: Sequence[str], warnings: Sequence[str]) -> str:
-    """Warnings of the same words as one."""
-    ranges = []
-    for column in zip(*map(NUMBER.findall, warnings), strict=True):
-        least, greatest = min(column, key=float), max(column, key=float)
-        ranges.append(least if float(least) == float(greatest) else f"{least} to {greatest}")
-    return "".join(part for pair in zip(words, [*ranges, ""], strict=True) for part in pair)
 
 
 def bars(found: Sequence[Measured], names: Sequence[str], metric: str, name: str, color: str) -> Any:
@@ -85,4 +74,19 @@ def _reaching(found: Sequence[Measured], names: Sequence[str], metric: str, name
     over = [max(one.values(metric)) - value for one, value in zip(found, middle, strict=True)]
     under = [value - min(one.values(metric)) for one, value in zip(found, middle, strict=True)]
     reach = {"type": "data", "symmetric": False, "array": over, "arrayminus": under}
-    return {"y": names, "x": middle, "name": name, "error_x": reach}
+    return {"y": names, "x": middle, "name": name, "error_x": reach, "hovertext": [one.traces for one in found]}
+
+
+def log_axis(title: str, figure: Any) -> dict[str, Any]:
+    """A logarithmic axis with a tick at each 1, 2 and 5 that a figure's points reach, written out.
+
+    Args:
+        title: The axis's.
+        figure: Plotly's, whose points are on it.
+    """
+    values = [value for trace in figure.data for value in trace.x if value > 0]
+    if not values:
+        return {"title": title, "type": "log"}
+    decades = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
+    return {"title": title, "type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}

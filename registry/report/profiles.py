@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from registry import profile
+from registry.kernels import apart
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import TPOT, cells
@@ -25,7 +26,7 @@ FIGURES = (
     ("bw_util", "bw_util", 3),
     ("profiled", "bw_util_profiled", 3),
 )
-TOLD = 16
+TOLD = 24
 """Kernels of a cell that are named."""
 
 
@@ -64,14 +65,22 @@ def _doubts(one: Measured) -> list[str]:
 
 
 def _kernels(one: Measured) -> Table:
-    last = one.ok[-1]
+    last, layers = one.ok[-1], one.config["model"].get("layers")
     rows = profile.rows(last.record.measured["profile"])
-    told = [Row([row.name, f"{row.count:g}", number(row.us, 1), f"{row.share:.1%}"], [last]) for row in rows[:TOLD]]
-    rest = rows[TOLD:]
-    if rest:
-        count, us, share = (sum(getattr(row, name) for row in rest) for name in ("count", "us", "share"))
-        told.append(Row([f"{len(rest)} others", f"{count:g}", number(us, 1), f"{share:.1%}"], [last]))
-    return Table(["kernel", "a step", "us a step", "of the busy time"], told)
+    names = apart(row.name for row in rows)
+
+    def told(name: str, some: Sequence[profile.Row]) -> Row:
+        blocks = (
+            [profile.a_block(row.count, layers) for row in some] if isinstance(layers, int) and layers > 1 else []
+        )
+        count, us, share = (sum(getattr(row, part) for row in some) for part in ("count", "us", "share"))
+        figures = [f"{count:g}", f"{sum(blocks)}" if blocks else "", number(us, 1), f"{share:.1%}"]
+        return Row([name, *figures], [last])
+
+    lines = [told(names[row.name], [row]) for row in rows[:TOLD]]
+    if rest := rows[TOLD:]:
+        lines.append(told(f"{len(rest)} others", rest))
+    return Table(["kernel", "a step", "a block", "us a step", "of the busy time"], lines)
 
 
 def _whole(one: Measured) -> list[str]:
@@ -82,7 +91,11 @@ def _whole(one: Measured) -> list[str]:
         for name in ("wall_us", "head_us", "busy_us", "gap_us", "tail_us", "launch_us", "sync_us", "memcpy_us")
         if name in found
     ]
-    return [f"Of a profiled step: {', '.join(parts)}. Its trace is the run's trace.json.gz."]
+    return [
+        f"Of a profiled step: {', '.join(parts)}. Its trace is the run's trace.json.gz.",
+        "a block is how often each decoder block launches a kernel anew: its launches a step over the number of "
+        "blocks, rounded.",
+    ]
 
 
 def _parts(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
@@ -93,7 +106,8 @@ def _parts(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
     for name, metric, color in (("busy", "gpu_busy_ms", "#3465a4"), ("launch gap", "launch_gap_ms", "#e0a8a8")):
         times = [one.median(metric) for one in found]
         if any(time is not None for time in times):
-            figure.add_trace(go.Bar(y=names, x=times, name=name, orientation="h", marker={"color": color}))
+            look = {"orientation": "h", "marker": {"color": color}, "hovertext": [one.traces for one in found]}
+            figure.add_trace(go.Bar(y=names, x=times, name=name, **look))
     figure.update_layout(
         title="the unprofiled step, ms", xaxis_title="ms", barmode="stack", height=170 + 44 * len(found)
     )

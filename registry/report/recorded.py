@@ -32,7 +32,7 @@ def report(
     """Write an experiment's report, and log it to the runs of the experiment's sweeps.
 
     Each of these gets what is said of its own registration as its verdict. A report over several sweeps stands in a
-    folder of its own beside the report that each sweep ended with.
+    folder of its own beside the report that each sweep ended with. What tells of all runs has a run for its report.
 
     Args:
         config: Names the experiment and where MLflow is.
@@ -63,11 +63,14 @@ def report(
     if absent := set(sweeps) - {one.record.sweep_id for one in observations}:
         raise BadInput(f"no run of experiment={experiment.name} is of the sweep {', '.join(sorted(absent))}")
     fixed, unread = tracker.recorded(REGISTRATION, registrations.from_json, own, sweeps) if own else ([], [])
-    found = build(experiment, observations, [registration for _, registration in fixed], prices)
+    logged = {one.record_id: tracker.logged(run_id) for run_id, one in fixed}
+    found = build(experiment, observations, [registration for _, registration in fixed], prices, logged)
     files = write(found, folder)
     place = POOLED if len(fixed) > 1 else ""
     for run_id, one in fixed:
         tracker.tell_experiment(run_id, found.verdicts.get(one.record_id, ()), files, place)
+    if not own:
+        tracker.close_experiment(tracker.open_report(experiment), (), files)
     return found, files, [*problems, *unread]
 
 

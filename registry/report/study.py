@@ -2,60 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from registry.experiments import matches, places, value_of
-from registry.report.cost import ladders, lever
+from registry.experiments import places
 from registry.report.document import Row, Section, Table
-from registry.report.labels import named, number, varying
-from registry.report.observation import TPOT, cells
-from registry.report.paired import block
+from registry.report.labels import number
+from registry.report.ours import ours
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from registry.report.observation import Observation, Pair
+    from registry.report.ours import Ours
     from registry.schema import ExperimentConfig, StudyFigure
 
 GPUS = ("h100", "a100-80gb", "l40s", "l4")
 """The study's four (arXiv 2605.30571, section 3.3), whatever an experiment's figures are of."""
-OVER: dict[str, Callable[[list[float]], float]] = {
-    "min": min,
-    "median": lambda values: float(np.median(values)),
-    "max": max,
-}
-"""What may be taken over several cells."""
-OF_PAIRS: dict[str, Callable[[Pair], float]] = {
-    "speedup": lambda pair: pair.comparison.mean,
-    "difference_ms": lambda pair: pair.difference_ms,
-    "baseline_ms": lambda pair: pair.baseline.mean(TPOT),
-    "candidate_ms": lambda pair: pair.candidate.mean(TPOT),
-}
-"""Figures of two arms, means over the sessions that have both, as the study's of section 5 are."""
-DOLLARS = "usd_per_mtok"
-"""A figure of the cheapest cell, at the price by which it is the cheapest."""
-
-
-@dataclass(frozen=True)
-class Ours:
-    """What stands beside a figure of the study.
-
-    Attributes:
-        value: Ours; `None` where there is none of that cell on that GPU, or no telling which.
-        runs: Where it comes from.
-        several: Our cells, where the figure could be of more than one.
-        cells: Over how many cells of ours it was taken.
-        remark: What ours is of, where the study's figure does not say it.
-    """
-
-    value: float | None = None
-    runs: Sequence[Observation] = ()
-    several: Sequence[str] = ()
-    cells: int = 0
-    remark: str = ""
+SMALL = 0.1
+"""Below it three decimals would leave too little of a figure."""
+SAME, OTHER = "same", "other"
+"""What stands in a ratio's place where the figure is an outcome."""
 
 
 def study(
@@ -67,16 +33,16 @@ def study(
     """Each figure that the study states, ours of the same cell where there is one, and the ratio.
 
     A figure of one cell that several of ours could be has none of them beside it: which is meant is not for a median
-    to say. One over several cells has ours over those of them that there are, with their number, and a ratio over all
-    of them alone.
+    to say. One over several cells has ours over those of them that there are, with their number, and a ratio over as
+    many as the study's alone.
     """
     if not experiment.study:
         return []
     here = {one.record.config["gpu"]["name"] for one in observations}
     theirs = {figure.gpu for figure in experiment.study}
     shared = _shared(experiment.study)
-    found = [_ours(figure, observations, pairs, prices) for figure in experiment.study]
-    rows = [_row(figure, ours, shared) for figure, ours in zip(experiment.study, found, strict=True)]
+    found = [ours(figure, observations, pairs, prices) for figure in experiment.study]
+    rows = [_row(figure, own, shared) for figure, own in zip(experiment.study, found, strict=True)]
     headings = ["study's GPU", "cell", "figure", "stated in", "study", "our cells", "ours", "ours / study"]
     text = [f"Every figure is of {_cell(shared)}."] if shared else []
     if absent := ", ".join(sorted(here - {*GPUS})):
@@ -84,27 +50,42 @@ def study(
     if untold := ", ".join(sorted((here & {*GPUS}) - theirs)):
         text.append(f"The study had {untold} too, and states none of these figures of it.")
     text += [
-        f"Ambiguous, so not compared: {figure.metric} of {figure.gpu}, {_cell(figure.where)}, is that of "
-        f"{' and of '.join(ours.several)}."
-        for figure, ours in zip(experiment.study, found, strict=True)
-        if ours.several
+        f"Ambiguous, so not compared: {_name(figure)} of {figure.gpu}, {_cell(figure.where)}, is that of "
+        f"{' and of '.join(own.several)}."
+        for figure, own in zip(experiment.study, found, strict=True)
+        if own.several
     ]
     text += [
-        f"Ours beside the {figure.value:g} {figure.metric} of {figure.gpu} is of {ours.remark}."
-        for figure, ours in zip(experiment.study, found, strict=True)
-        if ours.remark
+        f"Ours beside the {figure.value:g} {figure.metric} of {figure.gpu} is of {own.remark}."
+        for figure, own in zip(experiment.study, found, strict=True)
+        if own.remark
     ]
     return [Section("The study's figures", text, [Table(headings, rows, text_columns=4)])]
 
 
-def _row(figure: StudyFigure, ours: Ours, shared: Mapping[str, Any]) -> Row:
-    name = f"{figure.over} {figure.metric}".strip()
-    value = ours.value
-    ratio = value / figure.value if value is not None and ours.cells == places(figure.where) else None
-    count = f"{ours.cells} of {places(figure.where)}" if figure.over else ""
-    told = [count, "ambiguous" if ours.several else number(value, 3), number(ratio, 3)]
-    own = {key: value for key, value in figure.where.items() if key not in shared}
-    return Row([figure.gpu, _cell(own), name, figure.source, f"{figure.value:g}", *told], ours.runs)
+def _row(figure: StudyFigure, own: Ours, shared: Mapping[str, Any]) -> Row:
+    described = places(figure.where)
+    whole = own.cells == (figure.cells or described)
+    count = f"{own.cells} of {described}" if described > 1 else ""
+    if figure.cells:
+        count += f", the study's {figure.cells}"
+    if figure.outcome:
+        same = SAME if own.outcome == figure.outcome else OTHER
+        told = [figure.outcome, count, own.outcome, same if own.runs and (whole or same == OTHER) else ""]
+    else:
+        assert figure.value is not None  # registry.validate asks for it where there is no outcome
+        ratio = own.value / figure.value if own.value is not None and whole else None
+        told = [f"{figure.value:g}", count, "ambiguous" if own.several else _figure(own.value), number(ratio, 3)]
+    rest = {key: value for key, value in figure.where.items() if key not in shared}
+    return Row([figure.gpu, _cell(rest), _name(figure), figure.source, *told], own.runs)
+
+
+def _figure(value: float | None) -> str:
+    return number(value, 3 if value is None or abs(value) >= SMALL else 5)
+
+
+def _name(figure: StudyFigure) -> str:
+    return "outcome" if figure.outcome else f"{figure.over} {figure.metric}".strip()
 
 
 def _shared(figures: Sequence[StudyFigure]) -> dict[str, Any]:
@@ -127,35 +108,3 @@ def _told(value: Any) -> str:
 
 def _short(key: str) -> str:
     return key.removesuffix(".name") if key.endswith(".name") else key.rpartition(".")[2]
-
-
-def _ours(
-    figure: StudyFigure, observations: Sequence[Observation], pairs: Sequence[Pair], prices: Mapping[str, float]
-) -> Ours:
-    where = {"gpu.name": figure.gpu, **figure.where}
-    if figure.metric in OF_PAIRS:
-        blocks = [pair for pair in pairs if matches(pair.config, where)]
-        if len(blocks) != 1:
-            return Ours(several=[block(pair) for pair in blocks])
-        return Ours(OF_PAIRS[figure.metric](blocks[0]), [*blocks[0].baseline.ok, *blocks[0].candidate.ok], cells=1)
-    if figure.metric == DOLLARS:
-        rungs = [rung for ladder in ladders(observations, prices).values() for rung in ladder.values()]
-        rungs = [rung for rung in rungs if matches(rung.cell.config, where)]
-        if len(rungs) != 1:
-            return Ours(several=[lever(rung.cell) for rung in rungs])
-        [rung] = rungs
-        return Ours(rung.dollars, rung.cell.ok, cells=1, remark=f"{lever(rung.cell)} at {rung.price:.2f} $/h")
-    found = [one for one in cells(observations) if matches(one.config, where) and one.values(figure.metric)]
-    values = [value for one in found if (value := one.median(figure.metric)) is not None]
-    if not values:
-        return Ours()
-    if len({_choice(one.config, figure) for one in found}) < len(found):
-        axes = varying(found)
-        return Ours(several=[named(one, axes) for one in found])
-    value = OVER[figure.over](values) if figure.over else values[0]
-    return Ours(value, [run for one in found for run in one.ok], cells=len(found))
-
-
-def _choice(config: Mapping[str, Any], figure: StudyFigure) -> tuple[Any, ...]:
-    """Which of the cells that a figure describes this is one of."""
-    return tuple(value_of(config, key) for key in figure.where)

@@ -22,7 +22,19 @@ FIGURES = (
     ("decode peak GB", "decode_peak_memory_gb", 2),
     ("peak GB", "peak_memory_gb", 2),
 )
-SPARE = ("peak GB", "decode peak GB", "across", "within", "mbu", "range", "$/Mtok", "speedup again", "again ms")
+SPARE = (
+    "peak GB",
+    "decode peak GB",
+    "across",
+    "within",
+    "mbu",
+    "range",
+    "$/Mtok",
+    "speedup again",
+    "again ms",
+    "compile s",
+)
+COMPILED = "compile s"
 TOLD = 4
 """Kernels that a row names."""
 
@@ -36,9 +48,10 @@ def variants(observations: Sequence[Observation], prices: Mapping[str, float]) -
     """
     found = cells(observations)
     axes = varying(found)
-    headings = [*axes, "outcome", "n", "TPOT ms", "range", "within", "across", "speedup", "again ms", "speedup again"]
-    headings += [*(heading for heading, *_ in FIGURES), "$/Mtok"]
-    rows = [_row(one, axes, found, prices) for one in found]
+    headings = [*axes, "outcome", "n", "TPOT ms", "range", "within", "across", "speedup", "over eager"]
+    headings += ["again ms", "speedup again", *(heading for heading, *_ in FIGURES), "$/Mtok"]
+    headings += [COMPILED] if (compiled := any(one.values("compile_s") for one in found)) else []
+    rows = [_row(one, axes, found, prices, compiled) for one in found]
     kernels = Table(
         [*axes, "kernels of a step"],
         [Row([*label(one, axes), _kernels(one)], one.ok[-1:]) for one in found if one.ok],
@@ -48,8 +61,9 @@ def variants(observations: Sequence[Observation], prices: Mapping[str, float]) -
         "TPOT is the median over the sessions of each one's median step time, range their least and greatest; the "
         "speedup is that of the median over the one plain cell of the same model, protocol and execution "
         f"({', '.join(f'{axis}={name}' for axis, name in PLAIN.items())}); a runtime with an environment of its own "
-        "is set against that of rfloor's on the same torch. again walks the same positions a second time: what it is "
-        "faster by was paid once a cache length.",
+        "is set against that of rfloor's on the same torch. over eager is the same over the plain eager cell, "
+        "whatever the row's execution. again walks the same positions a second time: what it is faster by was paid "
+        "once a cache length.",
     )
     return [
         Section("Cells", text, [Table(headings, rows, len(axes) + 1, SPARE)], lambda: _bars(found, axes), True),
@@ -57,29 +71,44 @@ def variants(observations: Sequence[Observation], prices: Mapping[str, float]) -
     ]
 
 
-def _row(one: Measured, axes: Sequence[str], found: Sequence[Measured], prices: Mapping[str, float]) -> Row:
+def _row(
+    one: Measured, axes: Sequence[str], found: Sequence[Measured], prices: Mapping[str, float], compiled: bool
+) -> Row:
     runs = f"{len(one.ok)}/{len(one.observations)}"
     times = one.values(TPOT)
     if not times:
-        return Row([*label(one, axes), one.outcome, runs, *[""] * (8 + len(FIGURES))], one.observations)
-    plain = only(other for other in found if _is_plain(other, one))
+        return Row([*label(one, axes), one.outcome, runs, *[""] * (9 + len(FIGURES) + compiled)], one.observations)
+    plain = _plain(one, found)
     cells = [number(one.median(TPOT), 2), f"{min(times):.2f}-{max(times):.2f}"]
-    cells += [percent(one.spread.within), percent(one.spread.across), _speedup(plain, one, TPOT)]
-    cells += [number(one.median(AGAIN), 2), _speedup(plain, one, AGAIN)]
+    cells += [percent(one.spread.within), percent(one.spread.across)]
+    cells += [number(speedup(one, plain), 2), number(speedup(one, plain_eager(one, found)), 2)]
+    cells += [number(one.median(AGAIN), 2), number(speedup(one, plain, AGAIN), 2)]
     cells += [number(one.median(metric), digits) for _, metric, digits in FIGURES]
-    cells.append(number(dollars(one, prices), 2))
+    cells += [number(dollars(one, prices), 2), *([number(one.median("compile_s"), 1)] if compiled else [])]
     return Row([*label(one, axes), one.outcome, runs, *cells], one.observations)
 
 
-def _is_plain(other: Measured, one: Measured) -> bool:
-    """Whether one is the plain cell of the other's model, protocol and execution."""
-    same = same_software(other, one) and apart_from(other, *PLAIN) == apart_from(one, *PLAIN)
-    return same and all(other.config[axis]["name"] == name for axis, name in PLAIN.items())
+def _plain(one: Measured, found: Sequence[Measured], *others: str) -> Measured | None:
+    """The one plain cell that differs from another in no group beside the plain cell's own and some others."""
+    own = apart_from(one, *PLAIN, *others)
+    return only(
+        other
+        for other in found
+        if all(other.config[axis]["name"] == name for axis, name in PLAIN.items())
+        and same_software(other, one)
+        and apart_from(other, *PLAIN, *others) == own
+    )
 
 
-def _speedup(plain: Measured | None, one: Measured, metric: str) -> str:
-    base, mine = plain.median(metric) if plain else None, one.median(metric)
-    return number(base / mine, 2) if base and mine else ""
+def plain_eager(one: Measured, found: Sequence[Measured]) -> Measured | None:
+    """The one plain eager cell of the same model and protocol."""
+    return _plain(one, [other for other in found if other.config["execution"]["name"] == "eager"], "execution")
+
+
+def speedup(one: Measured, base: Measured | None, metric: str = TPOT) -> float | None:
+    """By what a cell is faster than another."""
+    theirs, mine = base.median(metric) if base else None, one.median(metric)
+    return theirs / mine if theirs and mine else None
 
 
 def _kernels(one: Measured) -> str:
@@ -104,6 +133,7 @@ def _bars(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
             x=floors,
             name="floor",
             mode="markers",
+            hovertext=[one.traces for one in measured],
             marker={"symbol": "line-ns-open", "color": "#cc0000", "size": 16},
         )
     )

@@ -14,9 +14,9 @@ from registry.report.observation import pairs
 from registry.report.paired import judged
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from registry.registration import Registration
+    from registry.registration import Logged, Registration
     from registry.report.observation import Observation
     from registry.schema import ClaimConfig, ExperimentConfig
 
@@ -25,7 +25,10 @@ NOT_CLAIMED = "no verdict: no threshold was registered for this GPU and these ce
 
 
 def verdicts(
-    observations: Sequence[Observation], registrations: Sequence[Registration], today: ExperimentConfig
+    observations: Sequence[Observation],
+    registrations: Sequence[Registration],
+    today: ExperimentConfig,
+    logged: Mapping[str, Logged],
 ) -> dict[str, list[str]]:
     """What is said of each registration's claims, by its record; each over the runs of its own sweep alone.
 
@@ -35,6 +38,7 @@ def verdicts(
         observations: Runs, of other sweeps too.
         registrations: What was fixed before those of each sweep.
         today: The experiment as it is configured now.
+        logged: Where MLflow has the registrations, by their records.
     """
     claimed = [one for one in registrations if one.experiment.claims]
     if not claimed:
@@ -44,11 +48,23 @@ def verdicts(
         lines = _of(one, observations)
         if one.experiment.claims != today.claims:
             lines.append("the configuration has other thresholds today; those that were registered decide")
-        told[one.record_id] = [
-            *lines,
-            f"registered {one.registered_at}, sha256 {one.sha256[:16]}, sweep {one.sweep_id}",
-        ]
+        sweep = [run for run in observations if run.record.sweep_id == one.sweep_id]
+        witness = _witness(logged.get(one.record_id), sweep)
+        lines.append(f"registered {one.registered_at} {witness}; sha256 {one.sha256[:16]}, sweep {one.sweep_id}")
+        told[one.record_id] = lines
     return told
+
+
+def _witness(logged: Logged | None, sweep: Sequence[Observation]) -> str:
+    """Whether a registration was in MLflow before the first of its sweep's cells began."""
+    if logged is None:
+        return "on disk only"
+    if logged.at is None:
+        return f"on disk; MLflow's run {logged.run_id} does not say when it was opened"
+    if any(logged.at > datetime.fromisoformat(run.record.started_at) for run in sweep):
+        opened = logged.at.isoformat(timespec="milliseconds")
+        return f"on disk only; MLflow's run {logged.run_id} was opened {opened}, later than the first cell began"
+    return f"on disk and in MLflow, run {logged.run_id}"
 
 
 def _of(one: Registration, observations: Sequence[Observation]) -> list[str]:
