@@ -369,7 +369,7 @@ def test_attention_s_table(make: Make) -> None:
     )
     assert (row["share of step"], row["MB/call"], row["GB/s"], row["cosine"]) == ("14.0%", "8.40", "200", "0.99999")
     assert row["across"] == "4.76%"  # 2 of 42
-    assert section.text[-1] == "What scaled_dot_product_attention may choose from: flash on, cudnn off."
+    assert section.text[-1] == "What scaled_dot_product_attention may choose from in a call. sdpa: flash."
     assert "revisit_median_tpot_ms" in section.text[1]
     assert row["within"] == "10.00%"
     [row] = rows(attention([call(make(*KERNEL, "execution=cuda_graph"), 0, 4.0, 0.112)])[0])

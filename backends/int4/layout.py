@@ -1,9 +1,9 @@
 """How int4 weights lie in memory: as the registers of a tensor core's tile want them.
 
 A group is 128 input features of one output feature, with one float16 scale: w = (code - 8) * scale, codes 0..15.
-Sixteen output features by one group is a tile; each of a warp's 32 lanes has 64 codes of it, in two loads of 16 bytes.
-A word holds what one `mma.m16n8k16` (PTX ISA, "Matrix Fragments for mma.m16n8k16") takes of a lane: rows r and r + 8 of
-the tile, r = lane / 4, and four neighbouring input features. Which features those are is free as long as the
+Sixteen output features by one group is a tile; each of a warp's 32 lanes has 64 codes of it, in two loads of 16
+bytes. A word holds what one `mma.m16n8k16` (PTX ISA, "Matrix Fragments for mma.m16n8k16") takes of a lane: rows r and
+r + 8 of the tile, r = lane / 4, and four neighbouring input features. Which features those are is free as long as the
 activations follow: lane % 4 has 32 neighbours of the group, so it loads them 16 bytes at a time.
 
     word of step s (0..7), nibble n and n + 4, n = 0..3:  rows r, r + 8, r, r + 8

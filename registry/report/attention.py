@@ -95,10 +95,16 @@ def _same_step(step: Measured, kernel: Measured) -> bool:
 
 
 def _enabled(kernels: Sequence[Measured]) -> str:
-    flags = [one.record.measured["sdp_enabled"] for kernel in kernels for one in kernel.ok]
-    told = ", ".join(f"{name} {'on' if on else 'off'}" for name, on in (flags[0] if flags else {}).items())
-    differ = "" if all(one == flags[0] for one in flags) else " (not in every run)"
-    return f"What scaled_dot_product_attention may choose from: {told}{differ}." if flags else ""
+    """Which kernels PyTorch's attention could choose from inside the calls of each kernel."""
+    found: dict[str, set[str]] = {}
+    for kernel in kernels:
+        for one in kernel.ok:
+            flags = one.record.measured["sdp_enabled"]
+            on = ", ".join(name for name, enabled in flags.items() if enabled)
+            told = (on or "none") if flags else "it is not called"
+            found.setdefault(kernel.config["attention"]["name"], set()).add(told)
+    each = "; ".join(f"{name}: {' or '.join(sorted(told))}" for name, told in sorted(found.items()))
+    return f"What scaled_dot_product_attention may choose from in a call. {each}." if each else ""
 
 
 def _calls(kernels: Sequence[Measured], axes: Sequence[str]) -> list[Any]:
