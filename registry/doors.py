@@ -9,6 +9,7 @@ file in conf/ or in a plugin's folder, an experiment's cells):
 - The same by way of a file: an option whose `# @package` or defaults list changes Hydra's own keys.
 - A launcher that is no installed plugin of Hydra's, and keys that its own configuration does not have.
 - Flags that bring another configuration; `--experimental-rerun` unpickles one.
+- The interpreter that a cell runs under: a plugin's class says it, and no option.
 
 Left to the user:
 

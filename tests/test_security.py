@@ -353,6 +353,23 @@ def test_a_launcher_that_is_no_plugin_of_hydra_s_is_refused_beforehand(call: Cal
     assert "hydra/launcher=odd" in told(call("model=tiny", "gpu=cpu", "hydra/launcher=odd"))
 
 
+@pytest.mark.parametrize("way", ["{}", "../{}"], ids=["absolute", "upwards"])
+@pytest.mark.parametrize("key", ["backend.options.environment", "+backend.options.environment"])
+def test_no_call_says_which_interpreter_runs_a_cell(call: Call, tmp_path: Path, key: str, way: str) -> None:
+    python = tmp_path / "brought" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\ntouch {tmp_path / 'entered'}\n")
+    python.chmod(0o755)
+    for package in ("autoawq-0.2.9", "torch-2.11.0", "transformers-4.51.3"):
+        info = tmp_path / "brought" / "lib" / "python3.12" / "site-packages" / f"{package}.dist-info"
+        info.mkdir(parents=True)
+        name, _, version = package.rpartition("-")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    folder = tmp_path / "brought" if way == "{}" else os.path.relpath(tmp_path / "brought", ROOT.parent)
+    line = told(call("model=tiny", "gpu=cpu", "quant=autoawq", "backend=autoawq", f"{key}={way.format(folder)}"))
+    assert "environment" in line
+
+
 @pytest.mark.parametrize("arguments", [["-sc"], ["-sc", "foo=bar"], ["-sc", "install=tcsh"], ["-sc", "query=bash"]])
 def test_a_shell_that_cannot_be_completed_for_is_told(call: Call, arguments: list[str]) -> None:
     assert "shell" in told(call(*arguments))
