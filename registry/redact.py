@@ -1,9 +1,10 @@
 """Secrets, and text without them: the one place that knows what must not be told.
 
 A secret is known by its value (what this process's environment or a cell's configuration keeps under a secret's
-name), by the name before it, by its shape, or by its place in an address. What rfloor writes or prints passes through
-here at the border: records, logs, artifacts, what MLflow gets, messages. A name's prefix is free (`HF_TOKEN`,
-`backend.options.api_key`); the tokens that a model counts and the keys that it attends to are no secrets.
+name, but for `OWN_WORDS` and what is shorter than `SHORTEST`), by the name before it, by its shape, or by its place
+in an address. What rfloor writes or prints passes through here at the border: records, logs, artifacts, what MLflow
+gets, messages. A name's prefix is free (`HF_TOKEN`, `backend.options.api_key`); the tokens that a model counts and
+the keys that it attends to are no secrets.
 
 The patterns work on bytes, so that a log that is no text can be cleaned too, and each takes linear time.
 """
@@ -23,12 +24,21 @@ if TYPE_CHECKING:
 
 HIDDEN = "***"
 MARK = HIDDEN.encode()
-SHORTEST = 6
-"""Characters of the shortest value that is looked for in text: a shorter one stands everywhere by chance."""
-ALONE = 10
-"""Characters below which a value is only found where it stands alone, and no part of a longer word."""
-WORDLIKE = 12
-"""Characters below which a value of letters alone or digits alone is taken for a word (`random`) or a number."""
+SHORTEST, SHORTEST_NUMBER = 4, 5
+"""Characters of the shortest value that is looked for in text, and of the shortest of digits alone: a context length
+or a year says nothing of a secret, and stands everywhere by chance."""
+ALONE, WORD_ALONE = 10, 12
+"""Characters below which a value, and one of letters alone or digits alone, is only found where it stands alone, and
+no part of a longer word."""
+OWN_WORDS = {
+    *("random", "none", "null", "true", "false", "auto", "test", "default", "password", "secret", "token", "rfloor"),
+    *("step", "attention", "eager", "cuda", "sdpa", "dynamic", "static", "quick", "paper", "local", "server", "tiny"),
+    *("crash", "timeout", "interrupted", "incorrect", "unsupported", "cuda_graph", "compile"),
+}
+"""Values that are looked for nowhere: rfloor writes them into every record, which would be of no use without them and
+tells nobody by them that they are a secret too."""
+FIELD = re.compile(r"[A-Za-z][a-z0-9_]{0,23}")
+"""A key that programs look a value up by (`step_times_ms`): no value is looked for in it."""
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 ALWAYS = {
@@ -80,6 +90,10 @@ QUOTED = re.compile(rb"([bru]{0,2}([\"']))((?:\\[\s\S]|(?!\2)[^\\])*+)\2")
 BARE = re.compile(rb"\$\{[^\s{}]*+\}|[^\s\"',;&()\[\]{}<>]++")
 
 
+STANDS_ALONE = rb"(?:(?<![A-Za-z0-9])|(?<=%%[0-9A-Fa-f]{2})|(?<=\\[nrt]))%b(?![A-Za-z0-9])"
+"""No part of a longer word; an escape before it, as `%%40` and `\\n`, is none."""
+
+
 def redact(text: str) -> str:
     """`text` without this process's secrets and without what looks like one."""
     return Redactor(environment_secrets(os.environ)).text(text)
@@ -89,7 +103,7 @@ class Redactor:
     """Hides secrets.
 
     Args:
-        known: Secrets that are to be found by their value, however they are spelt; words and short ones are not.
+        known: Secrets that are to be found by their value, however they are spelt.
     """
 
     def __init__(self, known: Iterable[str] = ()) -> None:
@@ -117,12 +131,15 @@ class Redactor:
         """A JSON-like value with `***` for what stands under a secret's name, and in its texts."""
         if isinstance(value, dict):
             return {
-                self.plain(k): HIDDEN if secret_name(str(k)) and _is_something(v) else self.plain(v)
+                self._key(k): HIDDEN if secret_name(str(k)) and _is_something(v) else self.plain(v)
                 for k, v in value.items()
             }
         if isinstance(value, list | tuple):
             return type(value)(self.plain(inner) for inner in value)
         return self.text(value) if type(value) is str else value  # no enumeration's
+
+    def _key(self, key: Any) -> Any:
+        return key if FIELD.fullmatch(str(key)) else self.plain(key)
 
 
 def secret_name(name: str) -> bool:
@@ -169,9 +186,9 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _there(value: str) -> bool:
-    """Whether a value names a file: credentials often do."""
+    """Whether a value names a file: credentials often do. A bare word is a password whatever lies in this folder."""
     try:
-        return Path(value).exists()
+        return "/" in value and Path(value).exists()
     except (OSError, ValueError):
         return False
 
@@ -188,21 +205,20 @@ def _passwords(text: str) -> set[str]:
 @lru_cache(maxsize=64)
 def _values(known: frozenset[str]) -> re.Pattern[bytes] | None:
     """A pattern of every spelling of the values that can be looked for."""
-    spellings: set[bytes] = set()
+    alone: dict[bytes, bool] = {}
     for value in known:
-        if len(value) < SHORTEST or ((value.isalpha() or value.isdigit()) and len(value) < WORDLIKE):
+        if len(value) < (SHORTEST_NUMBER if value.isdigit() else SHORTEST) or value.lower() in OWN_WORDS:
             continue
         spelt = {value, quote(value, safe="/"), quote(value, safe=""), quote_plus(value), repr(value)[1:-1]}
         spelt |= {json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
-        spellings |= {one.encode(errors="surrogatepass") for one in spelt}
-    if not spellings:
+        for one in spelt:
+            short = len(one) < (WORD_ALONE if one.isalpha() or one.isdigit() else ALONE)
+            alone[one.encode(errors="surrogatepass")] = short
+    if not alone:
         return None
-    longest_first = sorted(spellings, key=len, reverse=True)
-    alternatives = (
-        re.escape(one) if len(one) >= ALONE else rb"(?<![A-Za-z0-9])%b(?![A-Za-z0-9])" % re.escape(one)
-        for one in longest_first
-    )
-    return re.compile(b"|".join(alternatives))
+    longest_first = sorted(alone, key=len, reverse=True)
+    forms = (STANDS_ALONE % re.escape(one) if alone[one] else re.escape(one) for one in longest_first)
+    return re.compile(b"|".join(forms))
 
 
 def _address(match: re.Match[bytes]) -> bytes:
