@@ -10,6 +10,7 @@ file in conf/ or in a plugin's folder, an experiment's cells):
 - A launcher that is no installed plugin of Hydra's, and keys that its own configuration does not have.
 - Flags that bring another configuration; `--experimental-rerun` unpickles one.
 - The interpreter that a cell runs under: a plugin's class says it, and no option.
+- Drivers and plugins in `tracking.uri`, which SQLAlchemy imports (`registry.validate`).
 
 Left to the user:
 
