@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from registry import logs
+from registry import logs, private
 from registry import record as records
 from registry.cache import kernel_environment
 from registry.environments import ROOT, interpreter
@@ -59,8 +59,9 @@ def ask(cell: Cell, file: Path, call: Call, hidden: Redactor, inherited: tuple[i
 
     Raises:
         KeyboardInterrupt: The user wants no more.
-        OSError: There is no room for the log, or no process to be had.
+        OSError: There is no room for the log, no process to be had, or a cache that others write into.
     """
+    private.made(Path(cell.config.cache.folder).expanduser().absolute())
     log = file.with_suffix(".log")
     with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
         answer, trace = Path(folder, "answer.json"), Path(folder, "trace.json.gz")

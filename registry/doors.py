@@ -11,6 +11,8 @@ file in conf/ or in a plugin's folder, an experiment's cells):
 - Flags that bring another configuration; `--experimental-rerun` unpickles one.
 - The interpreter that a cell runs under: a plugin's class says it, and no option.
 - Drivers and plugins in `tracking.uri`, which SQLAlchemy imports (`registry.validate`).
+- A `cache.folder` of another user's, or one that others may write into: PyTorch, Triton and FlashInfer load what they
+  compiled out of it, and PyTorch unpickles there.
 
 Left to the user:
 
@@ -18,6 +20,7 @@ Left to the user:
   launcher and others pickle what they send to their own processes; rfloor sends JSON to its.
 - The environment. `${oc.env:NAME}` reads it for the call, as `tracking.uri=${oc.env:MLFLOW_TRACKING_URI}` does, and
   Hydra, MLflow, PyTorch and the hub's client read what is theirs: who may set it may set PYTHONPATH too.
+- Which of the user's own folders `cache.folder` is, and who may rename the folders above it.
 - rfloor's own files, conf/config.yaml among them.
 """
 

@@ -13,6 +13,7 @@ from urllib.parse import unquote_plus, urlsplit
 
 from registry.device_lock import ON_BUSY
 from registry.outcome import BadInput, nearest
+from registry.private import shared
 from registry.redact import redact
 from registry.schema import COMPILE_MODES, GROUPS
 
@@ -243,6 +244,8 @@ def _folder(key: str, name: str) -> Iterator[str]:
         there = Path(name)
         if key == "cache.folder":
             there = there.expanduser()
+            if why := shared(there):
+                yield f"{key}={name}: {why}"
         while not there.exists() and there != there.parent:
             there = there.parent
         if not there.is_dir():

@@ -303,6 +303,23 @@ def test_a_folder_that_cannot_be_written_is_refused(config: Config, key: str) ->
     assert refusal(config).startswith(f"{key}=/proc/new cannot be written: ")
 
 
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o722, 0o1777])
+def test_a_cache_into_which_others_may_write_is_refused(config: Config, tmp_path: Path, mode: int) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(mode)
+    config.cache.folder = str(tmp_path / "cache")
+    assert refusal(config).startswith(f"cache.folder={tmp_path / 'cache'}: others may write into it")
+    (tmp_path / "cache").chmod(0o755)
+    validate(config)
+
+
+def test_another_user_s_cache_is_refused(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.cache.folder = str(tmp_path)
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert refusal(config).startswith(f"cache.folder={tmp_path}: it belongs to another user ({user})")
+
+
 # Where MLflow is
 
 NO_URI = [
