@@ -11,6 +11,7 @@ The patterns work on bytes, so that a log that is no text can be cleaned too, an
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -64,12 +65,17 @@ SHAPES = (
     rb"(?:(?!-----)[\s\S]){0,20000}+(?:-----END[A-Z\s]{0,60}-----)?",
     rb"hf_(?<![A-Za-z0-9]hf_)[A-Za-z0-9]{20,}+",
     rb"sk-(?<![\w-]sk-)(?=[A-Za-z_-]{0,40}[0-9])[\w-]{20,}+",
+    rb"sk-(?<![\w-]sk-)(?:proj-|svcacct-|admin-)?(?:(?=[A-Z]*+[a-z]++[A-Z])[A-Za-z]{20,}+|[A-Za-z]{32,}+)",
     rb"[sr]k_(?:live|test)_[A-Za-z0-9]{12,}+",
     rb"gh[pousr]_[A-Za-z0-9]{30,}+",
     rb"github_pat_\w{22,}+",
     rb"glpat-[\w-]{16,}+",
     rb"A[KS]IA(?<![A-Za-z0-9]A[KS]IA)[A-Z0-9]{16}(?![A-Za-z0-9])",
     rb"AIza(?<![A-Za-z0-9]AIza)[\w-]{35}",
+    rb"ya29\.(?<![A-Za-z0-9]ya29\.)[\w-]{20,}+",
+    rb"SG\.(?<![A-Za-z0-9]SG\.)[\w-]{16,}+\.[\w-]{16,}+",
+    rb"glsa_[A-Za-z0-9]{20,}+(?:_[0-9A-Fa-f]{8})?",
+    rb"(?:https?://)?hooks\.slack\.com/(?:services|workflows|triggers)/[TE]\w{6,}+/\w{6,}+(?:/\w{16,}+){1,2}",
     rb"xox[a-z]-[\w-]{10,}+",
     rb"npm_[A-Za-z0-9]{36}",
     rb"pypi-AgE[\w-]{16,}+",
@@ -78,6 +84,12 @@ SHAPES = (
 )
 SHAPE = re.compile(b"|".join(b"(?:%b)" % shape for shape in SHAPES))
 WEB_TOKEN = re.compile(rb"eyJ[\w.-]++")
+BASIC = re.compile(rb"((?<![A-Za-z0-9])[Bb][Aa][Ss][Ii][Cc][ \t]{1,8})([A-Za-z0-9+/_-]{4,}+={0,2})")
+USER_OPTION = re.compile(
+    rb"((?<![\w-])(?:-u|--(?:proxy-)?user)[\"']?(?:,[ \t]?|[ \t=])[\"']?(?![0-9]+:[0-9])[^\s:\"'/]{1,64}+:)"
+    rb"([^\s\"'/][^\s\"']*+)"
+)
+CONNECTION = re.compile(rb"(?<![\w.-])((?i:pwd)[ ]?=[ ]?)(\{[^{}\r\n]*+\}|[^\s;\"'&$~/.][^\s;\"'&]*+)(;?)")
 ADDRESS = re.compile(rb"://(?<=[A-Za-z0-9]://)(?!/)\S*+")
 PARAMETER = re.compile(rb"([?&])([\w.%-]{1,60}+)=([^&\s\"'<>]++)")
 HEADER = re.compile(
@@ -119,12 +131,15 @@ class Redactor:
             data = self._known.sub(MARK, data)
         data = SHAPE.sub(MARK, data)
         data = WEB_TOKEN.sub(_web_token, data)
+        data = BASIC.sub(_basic, data)
+        data = USER_OPTION.sub(_behind, data)
         data = ADDRESS.sub(_address, data)
         data = PARAMETER.sub(_parameter, data)
         if not HINT.search(data):  # which spares most logs the dearest pattern
             return data
         data = HEADER.sub(rb"\1" + MARK, data)
         data = VARIABLE.sub(_variable, data)
+        data = CONNECTION.sub(_connection, data)
         return _without_named(data)
 
     def plain(self, value: Any) -> Any:
@@ -232,6 +247,28 @@ def _web_token(match: re.Match[bytes]) -> bytes:
     parts = match[0].rstrip(b".").split(b".")
     signed = len(parts) > 2 and len(parts[0]) > 10 and len(parts[1]) > 7
     return MARK + match[0][len(match[0].rstrip(b".")) :] if signed else match[0]
+
+
+def _basic(match: re.Match[bytes]) -> bytes:
+    """Without what decodes to a user and a password; `basic building` does not."""
+    data = match[2].translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    try:
+        text = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True).decode()
+    except ValueError:
+        return match[0]
+    return match[1] + MARK if ":" in text and text.isprintable() else match[0]
+
+
+def _behind(match: re.Match[bytes]) -> bytes:
+    return match[0] if _is_nothing(match[2]) else match[1] + MARK
+
+
+def _connection(match: re.Match[bytes]) -> bytes:
+    """Without the password of a connection string, whose parts end with semicolons; a shell's PWD is a folder."""
+    before = match.string[max(0, match.start() - 2) : match.start()].rstrip(b" ")
+    return (
+        match[1] + MARK + match[3] if (match[3] or before.endswith(b";")) and not _is_nothing(match[2]) else match[0]
+    )
 
 
 def _secret_parameter(name: str) -> bool:
