@@ -355,6 +355,61 @@ def test_a_launcher_that_is_no_plugin_of_hydra_s_is_refused_beforehand(call: Run
     assert "hydra/launcher=odd" in told(call("model=tiny", "gpu=cpu", "hydra/launcher=odd"))
 
 
+FARM = """
+import pathlib
+from dataclasses import dataclass, field
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.launcher import Launcher
+
+class Farm(BasicLauncher):
+    def __init__(self, name, n_jobs, setup, python, queue, submitit_folder):
+        assert (n_jobs, setup, python, queue) == (2, None, "python", {"a": 1})
+
+@dataclass
+class Config:
+    _target_: str = "hydra_plugins.farm.Farm"
+    name: str = "${hydra.job.name}"
+    n_jobs: int = 1
+    setup: list[str] | None = None
+    python: str = "python"
+    queue: dict[str, int] = field(default_factory=lambda: {"a": 1})
+    submitit_folder: str = "${hydra.sweep.dir}/x"
+
+ConfigStore.instance().store(group="hydra/launcher", name="farm", node=Config, provider="farm")
+"""
+
+
+@pytest.fixture
+def farm(site: Path) -> None:
+    """A launcher that hands cells to a shell, as submitit's does."""
+    (site / "hydra_plugins").mkdir()
+    (site / "hydra_plugins" / "farm.py").write_text(FARM)
+
+
+def test_a_launcher_is_told_how_many_and_where(call: Runner, farm: None) -> None:
+    done = call("-m", "model=tiny", "gpu=cpu", "dry_run=true", "hydra/launcher=farm", "hydra.launcher.n_jobs=2")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("hydra.launcher.setup=[touch entered]", "hydra.launcher.python=/tmp/x", "hydra.launcher.queue.a=2"),
+        *("hydra.launcher.submitit_folder=/tmp", "hydra.launcher.name='a\nb'", "+hydra.launcher.queue.b=2"),
+    ],
+)
+def test_a_launcher_is_told_nothing_that_a_shell_runs(call: Runner, farm: None, override: str) -> None:
+    assert "hydra.launcher" in told(call("-m", "model=tiny", "gpu=cpu", "hydra/launcher=farm", override))
+
+
+@pytest.mark.parametrize("line", ["setup: [touch entered]", "python: /tmp/x", "queue: {a: 2}"])
+def test_a_file_tells_a_launcher_nothing_of_its_own(call: Runner, write: Write, farm: None, line: str) -> None:
+    write("hydra/launcher/odd.yaml", f"defaults: [farm]\n{line}\n")
+    message = told(call("-m", "model=tiny", "gpu=cpu", "hydra/launcher=odd", "hydra.launcher.n_jobs=2"))
+    assert f"hydra.launcher.{line.partition(':')[0]}" in message
+
+
 @pytest.mark.parametrize("way", ["{}", "../{}"], ids=["absolute", "upwards"])
 @pytest.mark.parametrize("key", ["backend.options.environment", "+backend.options.environment"])
 def test_no_call_says_which_interpreter_runs_a_cell(call: Runner, tmp_path: Path, key: str, way: str) -> None:
