@@ -1,6 +1,7 @@
 """A worker's log: written raw where nobody else looks, and cleaned of secrets once the worker has ended.
 
-The worker writes straight into a file. Nothing reads along, so nothing wakes and nothing waits while a step is timed.
+The worker appends straight to a file, which `registry.log_limit` keeps below a size. Nothing reads along, so nothing
+that is printed waits, and where nothing is printed nothing wakes while a step is timed.
 Until it is cleaned the file is hidden and its owner's alone, under a lock that lives as long as whoever writes it.
 What a killed call leaves behind nobody can clean, for what that call knew of secrets went with it (its environment,
 its overrides): the next call, or import, that finds it puts a line in its place.
@@ -34,7 +35,7 @@ ENDS = (re.compile(rb"\n"), re.compile(rb"[)\]};]"), re.compile(rb"[\s,]"))
 
 @contextmanager
 def opened(file: Path, redactor: Redactor | None = None) -> Iterator[BinaryIO]:
-    """A file for a process to write into, which is `file` once it is left and clean.
+    """A file for a process to append to, which is `file` once it is left and clean.
 
     Args:
         file: The log; its folder is made.
@@ -42,7 +43,7 @@ def opened(file: Path, redactor: Redactor | None = None) -> Iterator[BinaryIO]:
     """
     raw, unlocked = _raw(file), file.with_name(f".{file.name}.new")
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(unlocked, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor = os.open(unlocked, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as output:
         fcntl.flock(output, fcntl.LOCK_EX)
         unlocked.rename(raw)  # locked before anybody can find it
@@ -77,9 +78,9 @@ def clean(source: Path, target: Path, redactor: Redactor) -> None:
         data = b""
         while piece := stream.read(CHUNK):
             data += piece
-            cut = _cut(data)
-            output.write(redactor.data(data[:cut]))
-            data = data[cut:]
+            whole = cut(data)
+            output.write(redactor.data(data[:whole]))
+            data = data[whole:]
         output.write(redactor.data(data))
 
 
@@ -116,11 +117,11 @@ def _raw(file: Path) -> Path:
     return file.with_name(f".{file.name}")
 
 
-def _cut(data: bytes) -> int:
+def cut(data: bytes) -> int:
     """How many of a log's bytes, from its beginning, can be cleaned without those that follow."""
     places = (max((match.end() for match in end.finditer(data)), default=0) for end in ENDS)
-    cut = next(filter(None, places), len(data))
-    begun = data.rfind(b"-----BEGIN ", 0, cut)
-    if begun > data.rfind(b"-----END ", 0, cut) and begun > len(data) - KEY_REACH:
+    place = next(filter(None, places), len(data))
+    begun = data.rfind(b"-----BEGIN ", 0, place)
+    if begun > data.rfind(b"-----END ", 0, place) and begun > len(data) - KEY_REACH:
         return begun or len(data)
-    return cut
+    return place
