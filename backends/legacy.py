@@ -53,11 +53,9 @@ class LegacyOptions:
     """Options of both.
 
     Attributes:
-        environment: The virtual environment, from the checkout's root on.
         kernel: `auto`, which is Triton on CUDA and plain torch on the CPU, or one of them.
     """
 
-    environment: str = ".legacy"
     kernel: str = "auto"
 
 
@@ -67,6 +65,7 @@ class LegacyBackend(Backend):
     executions = ("eager", "cuda_graph")
     attentions = ("sdpa",)
     hosting = False
+    environment = ".legacy"
     tags = {"upstream": "abandoned"}  # noqa: RUF012 - a class variable of the base
     Options = LegacyOptions
     triton_kernel: ClassVar[str]
@@ -105,12 +104,6 @@ class LegacyBackend(Backend):
         """The kernel that multiplies."""
         chosen: str = options.kernel
         return cls.kernels[device][0] if chosen == AUTO else chosen
-
-    @classmethod
-    def environment(cls, options: Any) -> str:
-        """See `Backend.environment`."""
-        folder: str = options.environment
-        return folder
 
     def load(self, capacity: int) -> None:
         """See `Backend.load`."""

@@ -345,21 +345,16 @@ class Backend(Plugin):
         attentions: Names of the attention kernels it hosts; `None` is any.
         hosting: Whether it calls its format's layers and its attention kernel. A runtime with kernels of its own only
             reads what they say, and refuses in `check` what it does not follow.
+        environment: The virtual environment that its cells run in, from the checkout's root on; empty is rfloor's
+            own. The plugins of such a cell are imported in both. No option says it: what it names is run.
         tags: What every run of it is tagged with, beside what the harness says.
     """
 
     formats: ClassVar[tuple[str, ...] | None] = None
     attentions: ClassVar[tuple[str, ...] | None] = None
     hosting: ClassVar[bool] = True
+    environment: ClassVar[str] = ""
     tags: ClassVar[Mapping[str, str]] = {}
-
-    @classmethod
-    def environment(cls, options: Any) -> str:
-        """The virtual environment that its cells run in, from the checkout's root on; empty is rfloor's own.
-
-        The plugins of such a cell are imported in both.
-        """
-        return ""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup

@@ -14,12 +14,13 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from registry import logs
+from registry import logs, private
 from registry import record as records
 from registry.cache import kernel_environment
 from registry.environments import ROOT, interpreter
+from registry.log_limit import LogLimit
 from registry.outcome import Outcome
 from registry.worker import PARENT, STAGES_FD, Request, to_json
 
@@ -59,8 +60,9 @@ def ask(cell: Cell, file: Path, call: Call, hidden: Redactor, inherited: tuple[i
 
     Raises:
         KeyboardInterrupt: The user wants no more.
-        OSError: There is no room for the log, or no process to be had.
+        OSError: There is no room for the log, no process to be had, or a cache that others write into.
     """
+    private.made(Path(cell.config.cache.folder).expanduser().absolute())
     log = file.with_suffix(".log")
     with tempfile.TemporaryDirectory(prefix="rfloor-") as folder:
         answer, trace = Path(folder, "answer.json"), Path(folder, "trace.json.gz")
@@ -89,7 +91,7 @@ def _run_worker(
     cell: Cell,
     question: IO[bytes],
     answer: Path,
-    output: IO[bytes],
+    output: BinaryIO,
     call: Call,
     hidden: Redactor,
     inherited: tuple[int, ...],
@@ -101,26 +103,27 @@ def _run_worker(
     """
     read_end, write_end = os.pipe()
     mark = uuid.uuid4().hex
-    try:
-        child = subprocess.Popen(
-            [_interpreter(cell), "-m", "registry.worker", str(answer)],
-            stdin=question,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=(write_end, *inherited),
-            start_new_session=True,
-            env=_environment(cell) | {STAGES_FD: str(write_end), PARENT: str(os.getpid()), MARK: mark},
-        )
-    finally:
-        os.close(write_end)
-    try:
-        with call.listen():
-            finished = _wait(
-                child, read_end, cell.config.protocol.timeout_s, lambda name: call.stage(hidden.text(name))
+    with LogLimit(output) as limit:
+        try:
+            child = subprocess.Popen(
+                [_interpreter(cell), "-m", "registry.worker", str(answer)],
+                stdin=question,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(write_end, *inherited),
+                start_new_session=True,
+                env=_environment(cell) | {STAGES_FD: str(write_end), PARENT: str(os.getpid()), MARK: mark},
             )
-    finally:
-        os.close(read_end)
-        _kill(child, mark)
+        finally:
+            os.close(write_end)
+        try:
+            with call.listen():
+                finished = _wait(
+                    child, read_end, limit, cell.config.protocol.timeout_s, lambda name: call.stage(hidden.text(name))
+                )
+        finally:
+            os.close(read_end)
+            _kill(child, mark)
     return child.returncode if finished else None
 
 
@@ -141,17 +144,21 @@ def _interpreter(cell: Cell) -> str:
     return str(interpreter(cell.environment)) if cell.environment else sys.executable
 
 
-def _wait(child: subprocess.Popen[bytes], stages: int, timeout_s: float, stage: Callable[[str], None]) -> bool:
+def _wait(
+    child: subprocess.Popen[bytes], stages: int, limit: LogLimit, timeout_s: float, stage: Callable[[str], None]
+) -> bool:
     """Sleep until the child ends, passing on what it begins; false once the time is over.
 
-    The parent sleeps in poll(2) and wakes for the child's own messages alone, of which there is none
-    inside a timed window.
+    The parent sleeps in poll(2) and wakes for the child's own messages, of which there is none inside a timed
+    window, and for what it prints.
     """
     deadline = time.monotonic() + timeout_s
     process = os.pidfd_open(child.pid)
     poller = select.poll()
     poller.register(process, select.POLLIN)
     poller.register(stages, select.POLLIN)
+    if limit.written >= 0:
+        poller.register(limit.written, select.POLLIN)
     try:
         while True:
             left = deadline - time.monotonic()
@@ -161,6 +168,9 @@ def _wait(child: subprocess.Popen[bytes], stages: int, timeout_s: float, stage: 
                 if descriptor == process:
                     child.wait()
                     return True
+                if descriptor == limit.written:
+                    limit.look()
+                    continue
                 told = os.read(stages, 4096).decode(errors="replace")
                 if not told:
                     poller.unregister(stages)

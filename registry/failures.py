@@ -6,7 +6,6 @@ import re
 import sys
 
 COMPILER_ERROR = re.compile(r"\b(fatal )?error( [A-Z]+\d+)?: ")  # gcc, nvcc, clang, cl
-LINE_LIMIT = 300
 
 
 def telling_line(error: BaseException, otherwise: int = -1) -> str:
@@ -18,7 +17,7 @@ def telling_line(error: BaseException, otherwise: int = -1) -> str:
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     compilers = [line for line in lines if COMPILER_ERROR.search(line)]
-    return (compilers[-1] if compilers else lines[otherwise])[:LINE_LIMIT]
+    return compilers[-1] if compilers else lines[otherwise]
 
 
 def out_of_memory(error: BaseException) -> bool:

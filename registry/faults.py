@@ -10,7 +10,8 @@ import os
 from datetime import UTC, datetime, timedelta
 
 VARIABLE = "RFLOOR_FAULTS"
-RECORD_FULL, MLFLOW_FULL, CLOCK_BACK = "record.full", "mlflow.full", "clock.back"
+RECORD_FULL, MLFLOW_FULL = "record.full", "mlflow.full"
+CLOCK_BACK, CLOCK_FORWARD = "clock.back", "clock.forward"
 JUMP = timedelta(hours=1)
 
 _asked = 0
@@ -27,11 +28,11 @@ def disk(point: str) -> None:
 
 
 def now() -> datetime:
-    """The time, UTC; with `clock.back` every other call finds the clock set back by an hour."""
+    """The time, UTC; every other call finds the clock set back or forward by an hour where that is on."""
     global _asked
     _asked += 1
-    back = JUMP if _on(CLOCK_BACK) and _asked % 2 == 0 else timedelta()
-    return datetime.now(UTC) - back
+    hours = (_on(CLOCK_FORWARD) - _on(CLOCK_BACK)) * (_asked % 2 == 0)
+    return datetime.now(UTC) + hours * JUMP
 
 
 def _on(point: str) -> bool:

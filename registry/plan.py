@@ -240,7 +240,7 @@ def _ask_beforehand(cell: Cell, chosen: dict[str, tuple[Any, Any]]) -> None:
     if "backend" in chosen:
         plugin, options = chosen["backend"]
         with _blamed("backend", config.backend.plugin):
-            cell.environment, cell.tags = plugin.environment(options), dict(plugin.tags)
+            cell.environment, cell.tags = plugin.environment, dict(plugin.tags)
 
 
 def _check_plugins(cell: Cell, chosen: Mapping[str, tuple[type[Plugin], Any]]) -> None:

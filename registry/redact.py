@@ -1,15 +1,17 @@
 """Secrets, and text without them: the one place that knows what must not be told.
 
 A secret is known by its value (what this process's environment or a cell's configuration keeps under a secret's
-name), by the name before it, by its shape, or by its place in an address. What rfloor writes or prints passes through
-here at the border: records, logs, artifacts, what MLflow gets, messages. A name's prefix is free (`HF_TOKEN`,
-`backend.options.api_key`); the tokens that a model counts and the keys that it attends to are no secrets.
+name, but for `OWN_WORDS` and what is shorter than `SHORTEST`), by the name before it, by its shape, or by its place
+in an address. What rfloor writes or prints passes through here at the border: records, logs, artifacts, what MLflow
+gets, messages. A name's prefix is free (`HF_TOKEN`, `backend.options.api_key`); the tokens that a model counts and
+the keys that it attends to are no secrets.
 
 The patterns work on bytes, so that a log that is no text can be cleaned too, and each takes linear time.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -23,12 +25,21 @@ if TYPE_CHECKING:
 
 HIDDEN = "***"
 MARK = HIDDEN.encode()
-SHORTEST = 6
-"""Characters of the shortest value that is looked for in text: a shorter one stands everywhere by chance."""
-ALONE = 10
-"""Characters below which a value is only found where it stands alone, and no part of a longer word."""
-WORDLIKE = 12
-"""Characters below which a value of letters alone or digits alone is taken for a word (`random`) or a number."""
+SHORTEST, SHORTEST_NUMBER = 4, 5
+"""Characters of the shortest value that is looked for in text, and of the shortest of digits alone: a context length
+or a year says nothing of a secret, and stands everywhere by chance."""
+ALONE, WORD_ALONE = 10, 12
+"""Characters below which a value, and one of letters alone or digits alone, is only found where it stands alone, and
+no part of a longer word."""
+OWN_WORDS = {
+    *("random", "none", "null", "true", "false", "auto", "test", "default", "password", "secret", "token", "rfloor"),
+    *("step", "attention", "eager", "cuda", "sdpa", "dynamic", "static", "quick", "paper", "local", "server", "tiny"),
+    *("crash", "timeout", "interrupted", "incorrect", "unsupported", "cuda_graph", "compile"),
+}
+"""Values that are looked for nowhere: rfloor writes them into every record, which would be of no use without them and
+tells nobody by them that they are a secret too."""
+FIELD = re.compile(r"[A-Za-z][a-z0-9_]{0,23}")
+"""A key that programs look a value up by (`step_times_ms`): no value is looked for in it."""
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 ALWAYS = {
@@ -54,12 +65,17 @@ SHAPES = (
     rb"(?:(?!-----)[\s\S]){0,20000}+(?:-----END[A-Z\s]{0,60}-----)?",
     rb"hf_(?<![A-Za-z0-9]hf_)[A-Za-z0-9]{20,}+",
     rb"sk-(?<![\w-]sk-)(?=[A-Za-z_-]{0,40}[0-9])[\w-]{20,}+",
+    rb"sk-(?<![\w-]sk-)(?:proj-|svcacct-|admin-)?(?:(?=[A-Z]*+[a-z]++[A-Z])[A-Za-z]{20,}+|[A-Za-z]{32,}+)",
     rb"[sr]k_(?:live|test)_[A-Za-z0-9]{12,}+",
     rb"gh[pousr]_[A-Za-z0-9]{30,}+",
     rb"github_pat_\w{22,}+",
     rb"glpat-[\w-]{16,}+",
     rb"A[KS]IA(?<![A-Za-z0-9]A[KS]IA)[A-Z0-9]{16}(?![A-Za-z0-9])",
     rb"AIza(?<![A-Za-z0-9]AIza)[\w-]{35}",
+    rb"ya29\.(?<![A-Za-z0-9]ya29\.)[\w-]{20,}+",
+    rb"SG\.(?<![A-Za-z0-9]SG\.)[\w-]{16,}+\.[\w-]{16,}+",
+    rb"glsa_[A-Za-z0-9]{20,}+(?:_[0-9A-Fa-f]{8})?",
+    rb"(?:https?://)?hooks\.slack\.com/(?:services|workflows|triggers)/[TE]\w{6,}+/\w{6,}+(?:/\w{16,}+){1,2}",
     rb"xox[a-z]-[\w-]{10,}+",
     rb"npm_[A-Za-z0-9]{36}",
     rb"pypi-AgE[\w-]{16,}+",
@@ -68,6 +84,12 @@ SHAPES = (
 )
 SHAPE = re.compile(b"|".join(b"(?:%b)" % shape for shape in SHAPES))
 WEB_TOKEN = re.compile(rb"eyJ[\w.-]++")
+BASIC = re.compile(rb"((?<![A-Za-z0-9])[Bb][Aa][Ss][Ii][Cc][ \t]{1,8})([A-Za-z0-9+/_-]{4,}+={0,2})")
+USER_OPTION = re.compile(
+    rb"((?<![\w-])(?:-u|--(?:proxy-)?user)[\"']?(?:,[ \t]?|[ \t=])[\"']?(?![0-9]+:[0-9])[^\s:\"'/]{1,64}+:)"
+    rb"([^\s\"'/][^\s\"']*+)"
+)
+CONNECTION = re.compile(rb"(?<![\w.-])((?i:pwd)[ ]?=[ ]?)(\{[^{}\r\n]*+\}|[^\s;\"'&$~/.][^\s;\"'&]*+)(;?)")
 ADDRESS = re.compile(rb"://(?<=[A-Za-z0-9]://)(?!/)\S*+")
 PARAMETER = re.compile(rb"([?&])([\w.%-]{1,60}+)=([^&\s\"'<>]++)")
 HEADER = re.compile(
@@ -80,6 +102,10 @@ QUOTED = re.compile(rb"([bru]{0,2}([\"']))((?:\\[\s\S]|(?!\2)[^\\])*+)\2")
 BARE = re.compile(rb"\$\{[^\s{}]*+\}|[^\s\"',;&()\[\]{}<>]++")
 
 
+STANDS_ALONE = rb"(?:(?<![A-Za-z0-9])|(?<=%%[0-9A-Fa-f]{2})|(?<=\\[nrt]))%b(?![A-Za-z0-9])"
+"""No part of a longer word; an escape before it, as `%%40` and `\\n`, is none."""
+
+
 def redact(text: str) -> str:
     """`text` without this process's secrets and without what looks like one."""
     return Redactor(environment_secrets(os.environ)).text(text)
@@ -89,7 +115,7 @@ class Redactor:
     """Hides secrets.
 
     Args:
-        known: Secrets that are to be found by their value, however they are spelt; words and short ones are not.
+        known: Secrets that are to be found by their value, however they are spelt.
     """
 
     def __init__(self, known: Iterable[str] = ()) -> None:
@@ -105,24 +131,30 @@ class Redactor:
             data = self._known.sub(MARK, data)
         data = SHAPE.sub(MARK, data)
         data = WEB_TOKEN.sub(_web_token, data)
+        data = BASIC.sub(_basic, data)
+        data = USER_OPTION.sub(_behind, data)
         data = ADDRESS.sub(_address, data)
         data = PARAMETER.sub(_parameter, data)
         if not HINT.search(data):  # which spares most logs the dearest pattern
             return data
         data = HEADER.sub(rb"\1" + MARK, data)
         data = VARIABLE.sub(_variable, data)
+        data = CONNECTION.sub(_connection, data)
         return _without_named(data)
 
     def plain(self, value: Any) -> Any:
         """A JSON-like value with `***` for what stands under a secret's name, and in its texts."""
         if isinstance(value, dict):
             return {
-                self.plain(k): HIDDEN if secret_name(str(k)) and _is_something(v) else self.plain(v)
+                self._key(k): HIDDEN if secret_name(str(k)) and _is_something(v) else self.plain(v)
                 for k, v in value.items()
             }
         if isinstance(value, list | tuple):
             return type(value)(self.plain(inner) for inner in value)
         return self.text(value) if type(value) is str else value  # no enumeration's
+
+    def _key(self, key: Any) -> Any:
+        return key if FIELD.fullmatch(str(key)) else self.plain(key)
 
 
 def secret_name(name: str) -> bool:
@@ -169,9 +201,9 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _there(value: str) -> bool:
-    """Whether a value names a file: credentials often do."""
+    """Whether a value names a file: credentials often do. A bare word is a password whatever lies in this folder."""
     try:
-        return Path(value).exists()
+        return "/" in value and Path(value).exists()
     except (OSError, ValueError):
         return False
 
@@ -188,21 +220,20 @@ def _passwords(text: str) -> set[str]:
 @lru_cache(maxsize=64)
 def _values(known: frozenset[str]) -> re.Pattern[bytes] | None:
     """A pattern of every spelling of the values that can be looked for."""
-    spellings: set[bytes] = set()
+    alone: dict[bytes, bool] = {}
     for value in known:
-        if len(value) < SHORTEST or ((value.isalpha() or value.isdigit()) and len(value) < WORDLIKE):
+        if len(value) < (SHORTEST_NUMBER if value.isdigit() else SHORTEST) or value.lower() in OWN_WORDS:
             continue
         spelt = {value, quote(value, safe="/"), quote(value, safe=""), quote_plus(value), repr(value)[1:-1]}
         spelt |= {json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
-        spellings |= {one.encode(errors="surrogatepass") for one in spelt}
-    if not spellings:
+        for one in spelt:
+            short = len(one) < (WORD_ALONE if one.isalpha() or one.isdigit() else ALONE)
+            alone[one.encode(errors="surrogatepass")] = short
+    if not alone:
         return None
-    longest_first = sorted(spellings, key=len, reverse=True)
-    alternatives = (
-        re.escape(one) if len(one) >= ALONE else rb"(?<![A-Za-z0-9])%b(?![A-Za-z0-9])" % re.escape(one)
-        for one in longest_first
-    )
-    return re.compile(b"|".join(alternatives))
+    longest_first = sorted(alone, key=len, reverse=True)
+    forms = (STANDS_ALONE % re.escape(one) if alone[one] else re.escape(one) for one in longest_first)
+    return re.compile(b"|".join(forms))
 
 
 def _address(match: re.Match[bytes]) -> bytes:
@@ -216,6 +247,28 @@ def _web_token(match: re.Match[bytes]) -> bytes:
     parts = match[0].rstrip(b".").split(b".")
     signed = len(parts) > 2 and len(parts[0]) > 10 and len(parts[1]) > 7
     return MARK + match[0][len(match[0].rstrip(b".")) :] if signed else match[0]
+
+
+def _basic(match: re.Match[bytes]) -> bytes:
+    """Without what decodes to a user and a password; `basic building` does not."""
+    data = match[2].translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    try:
+        text = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True).decode()
+    except ValueError:
+        return match[0]
+    return match[1] + MARK if ":" in text and text.isprintable() else match[0]
+
+
+def _behind(match: re.Match[bytes]) -> bytes:
+    return match[0] if _is_nothing(match[2]) else match[1] + MARK
+
+
+def _connection(match: re.Match[bytes]) -> bytes:
+    """Without the password of a connection string, whose parts end with semicolons; a shell's PWD is a folder."""
+    before = match.string[max(0, match.start() - 2) : match.start()].rstrip(b" ")
+    return (
+        match[1] + MARK + match[3] if (match[3] or before.endswith(b";")) and not _is_nothing(match[2]) else match[0]
+    )
 
 
 def _secret_parameter(name: str) -> bool:

@@ -74,11 +74,12 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
     else:
         answer = _measured(cell, file, call, hidden)
     record.outcome = Outcome(answer.pop("outcome"))
-    record.reason, record.remedy = (_sentence(answer.pop(key, "")) for key in ("reason", "remedy"))
+    record.reason, record.remedy = (answer.pop(key, "") for key in ("reason", "remedy"))
     if record.outcome is Outcome.OK:
         record = _filled(record, cell, answer)
     record.wall_s = round(time.monotonic() - clock, 3)
     clean = Record(**hidden.plain(vars(record)))
+    clean.reason, clean.remedy = _sentence(clean.reason), _sentence(clean.remedy)  # a secret is found whole, then cut
     record = _kept(clean, folder)
     call.interrupted |= record is not clean or record.outcome is Outcome.INTERRUPTED
     if run_id:
@@ -118,7 +119,7 @@ def _filled(record: Record, cell: Cell, measured: dict[str, Any]) -> Record:
         return records.from_plain(filled.plain())
     except Exception as error:  # no answer of a plugin may cost the other cells theirs
         reason = f"what the worker answered makes no record: {type(error).__name__}: {error}"
-        return dataclasses.replace(record, outcome=Outcome.CRASH, reason=_sentence(reason))
+        return dataclasses.replace(record, outcome=Outcome.CRASH, reason=reason)
 
 
 def fill(record: Record, cell: Cell, measured: dict[str, Any]) -> None:

@@ -9,11 +9,12 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 from registry.device_lock import ON_BUSY
 from registry.experiments import OVER
 from registry.outcome import BadInput, Outcome, nearest
+from registry.private import shared
 from registry.redact import redact
 from registry.schema import AUTO, COMPILE_MODES, GROUPS
 
@@ -38,7 +39,15 @@ MODEL_TYPES = ("qwen2", "llama", "mistral")
 BIASES = {"qwen2": True, "llama": False, "mistral": False}
 """Whether a family's q, k and v projections have biases. transformers can give a llama some, but then gives
 its output projection one too, which is another architecture and another number of parameters."""
-DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+DRIVERS = {
+    "sqlite": ("sqlite", "sqlite+pysqlite"),
+    "postgresql": ("postgresql", "postgresql+psycopg2", "postgresql+psycopg"),
+    "mysql": ("mysql+pymysql",),
+    "mssql": ("mssql+pyodbc",),
+}
+"""Databases that MLflow takes -> how their addresses may begin. SQLAlchemy imports the driver that stands there."""
+LOADING = ("plugin", "odbc_connect", "read_default_file", "read_default_group", "filedsn", "savefile")
+"""Parameters of a database's address by which SQLAlchemy or a driver is told what to import, load, read or write."""
 SERVERS = ("http", "https")
 SQLITE_MAGIC = b"SQLite format 3\x00"
 TARGET = "_target_"
@@ -245,6 +254,8 @@ def _folder(key: str, name: str) -> Iterator[str]:
         there = Path(name)
         if key == "cache.folder":
             there = there.expanduser()
+            if why := shared(there):
+                yield f"{key}={name}: {why}"
         while not there.exists() and there != there.parent:
             there = there.parent
         if not there.is_dir():
@@ -286,11 +297,13 @@ def _names(config: Config) -> Iterator[str]:
 def _tracking(tracking: TrackingConfig) -> Iterator[str]:
     uri = redact(tracking.uri)
     scheme = re.split(r"[+:]", tracking.uri, maxsplit=1)[0] if "://" in tracking.uri else ""
-    if scheme not in (*DATABASES, *SERVERS):
+    if scheme not in (*DRIVERS, *SERVERS):
         yield (
             f"tracking.uri={uri}: MLflow is reached by "
-            f"{', '.join(f'{s}://' for s in (*DATABASES, *SERVERS))}; did you mean sqlite:///mlflow.db?"
+            f"{', '.join(f'{s}://' for s in (*DRIVERS, *SERVERS))}; did you mean sqlite:///mlflow.db?"
         )
+    elif scheme in DRIVERS and (problem := _driver(tracking.uri, DRIVERS[scheme])):
+        yield f"tracking.uri={uri}: {problem}"
     elif scheme == "sqlite":
         yield from _sqlite(_sqlite_path(tracking.uri), uri)
     else:
@@ -304,6 +317,17 @@ def _tracking(tracking: TrackingConfig) -> Iterator[str]:
         )
     elif tracking.artifacts and "://" not in tracking.artifacts:
         yield from _folder("tracking.artifacts", tracking.artifacts)
+
+
+def _driver(uri: str, known: tuple[str, ...]) -> str:
+    """Why a database's address would have something loaded that it names itself; empty if it would not."""
+    if (begins := uri.partition("://")[0]) not in known:
+        return f"{nearest(begins, known)}, and no other driver"
+    for parameter in re.split("[?&;]", uri)[1:]:
+        name, _, value = (unquote_plus(part).lower() for part in parameter.partition("="))
+        if name in LOADING or (name == "driver" and "/" in value):
+            return f"{name}= names what the database's driver would load; an address says where the database is"
+    return ""
 
 
 def _address(uri: str, server: bool) -> Iterator[str]:

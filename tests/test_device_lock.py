@@ -1,10 +1,13 @@
 """One GPU, one cell: held by real processes, freed by their death."""
 
+import contextlib
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +36,23 @@ with device_lock.alone_on(H200, "wait", print) as held:
 """
 
 
+TRIES = """
+import sys
+from pathlib import Path
+from planning import H200
+from registry import device_lock
+from registry.outcome import Refused
+device_lock.FOLDER = Path(sys.argv[1])
+try:
+    with device_lock.alone_on(H200, "refuse", print):
+        print("held")
+except Refused as refused:
+    print(refused)
+"""
+NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
+SEES_CODE = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(device_lock, "FOLDER", tmp_path)
@@ -42,10 +62,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Holder:
     """Another sweep: it holds the device, and so does its worker."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *become: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLDS, str(folder)],
-            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            [*become, sys.executable, "-c", HOLDS, str(folder)],
+            env=SEES_CODE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -96,6 +116,10 @@ def test_a_killed_sweep_s_worker_keeps_the_device_until_it_ends_too(other: Holde
     assert held()
     os.kill(other.worker, signal.SIGKILL)
     other.worker = 0
+    until_it_is_free()
+
+
+def until_it_is_free() -> None:
     deadline = time.monotonic() + 30
     while held():
         assert time.monotonic() < deadline
@@ -166,6 +190,51 @@ def test_a_machine_that_tells_of_no_locks_has_a_holder_without_a_name(
 ) -> None:
     monkeypatch.setattr(device_lock, "LOCKS", tmp_path / "none")
     assert holder(path(H200)) == "another process"
+
+
+# Across users
+
+
+@pytest.fixture
+def everybody_s(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder as /tmp is, where this user and nobody may write; both read the code."""
+    if os.getuid() != 0 or shutil.which(NOBODY[0]) is None:
+        pytest.skip("only root becomes another user")
+    if subprocess.run([*NOBODY, sys.executable, "-c", TRIES.partition("\ntry:")[0], "/"], env=SEES_CODE).returncode:
+        pytest.skip("another user cannot read the code that is tested")
+    with tempfile.TemporaryDirectory(dir="/tmp") as made:
+        Path(made).chmod(0o1777)
+        monkeypatch.setattr(device_lock, "FOLDER", Path(made))
+        yield Path(made)
+
+
+def tried_by_nobody(folder: Path) -> str:
+    tried = subprocess.run([*NOBODY, sys.executable, "-c", TRIES, str(folder)], env=SEES_CODE, capture_output=True)
+    assert tried.returncode == 0, tried.stderr
+    return tried.stdout.decode()
+
+
+def test_another_user_holds_a_device_until_its_processes_end(everybody_s: Path) -> None:
+    other = Holder(everybody_s, *NOBODY)
+    try:
+        with pytest.raises(Refused, match=rf"process {other.process.pid} \(user nobody\)"), alone():
+            pytest.fail("held twice")
+        assert path(H200).owner() == "nobody"
+    finally:
+        other.end()
+    until_it_is_free()
+    assert tried_by_nobody(everybody_s) == "held\n"
+
+
+def test_a_device_is_held_against_another_user_too(everybody_s: Path) -> None:
+    with alone():
+        assert path(H200).owner() == "root"
+        assert f"process {os.getpid()} (user root)" in tried_by_nobody(everybody_s)
+    assert tried_by_nobody(everybody_s) == "held\n"
+
+
+def alone() -> contextlib.AbstractContextManager[int | None]:
+    return alone_on(H200, REFUSE, lambda _: None)
 
 
 # In a sweep

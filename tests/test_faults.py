@@ -24,6 +24,15 @@ def test_without_the_variable_nothing_happens(monkeypatch: pytest.MonkeyPatch) -
     assert all(first <= faults.now() for _ in range(4))
 
 
+@pytest.mark.parametrize(("point", "hours"), [(faults.CLOCK_BACK, -1), (faults.CLOCK_FORWARD, 1)])
+def test_the_clock_jumps_to_and_fro(monkeypatch: pytest.MonkeyPatch, point: str, hours: int) -> None:
+    monkeypatch.setenv(faults.VARIABLE, point)
+    monkeypatch.setattr(faults, "_asked", 0)
+    first, second, third = (faults.now() for _ in range(3))
+    assert round((second - first) / faults.JUMP) == hours
+    assert round((third - first) / faults.JUMP) == 0
+
+
 def test_a_point_fails_as_a_full_disk_does_and_no_other_point_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(faults.VARIABLE, faults.RECORD_FULL)
     faults.disk(faults.MLFLOW_FULL)
@@ -78,9 +87,12 @@ def test_a_disk_full_at_mlflow_costs_no_record(start: Start, monkeypatch: pytest
     assert cli.main(["import", str(sweep.folder / "records"), *store]) == 0
 
 
-def test_a_clock_that_jumps_loses_no_cell_and_no_second(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every other look at it finds it an hour back: the first cell begins before its sweep, the second after."""
-    monkeypatch.setenv(faults.VARIABLE, faults.CLOCK_BACK)
+@pytest.mark.parametrize("point", [faults.CLOCK_BACK, faults.CLOCK_FORWARD])
+def test_a_clock_that_jumps_loses_no_cell_and_no_second(
+    start: Start, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """Every other look at it finds it an hour off: of the two cells one begins an hour before the other."""
+    monkeypatch.setenv(faults.VARIABLE, point)
     sweep = start("protocol.seed=1,2", *SMALL).end()
     assert sweep.code == 0, sweep.stderr
     found = sweep.records()

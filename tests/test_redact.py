@@ -18,6 +18,14 @@ SHAPES = {
     "OpenAI": "sk-kanary01abcdefghijklmnopqrstuvwxyz",
     "OpenAI project": "sk-proj-kanary01_abcdef-ghijklmnopqrstuvwxyz",
     "Anthropic": "sk-ant-api03-kanary0123456789abcdefghij",
+    "OpenAI of letters": "sk-kanaryABCDEFGHIJKLMNOPQ",
+    "OpenAI of small letters": "sk-kanaryabcdefghijklmnopqrstuvwxyz",
+    "OpenAI project of letters": "sk-proj-kanaryABCDEFGHIJKLMNOPQ",
+    "Google access": "ya29.a0kanary_0123456789-abcdefgh",
+    "SendGrid": "SG.kanary0123456789abcdef.kanary-0123456789_abcdefghijklmnopqrstuvw",
+    "Grafana": "glsa_kanary0123456789abcdefghijklmnop_0a1b2c3d",
+    "Slack webhook": "https://hooks.slack.com/services/T0KANARY0/B0KANARY0/kanary0123456789abcdefgh",
+    "Slack workflow": "https://hooks.slack.com/workflows/T0KANARY0/A0KANARY0/123456789012345678/kanary0123456789ab",
     "GitHub": "ghp_kanary0123456789abcdefghijABCDEFGHIJ",
     "GitHub app": "ghs_kanary0123456789abcdefghijABCDEFGHIJ",
     "GitHub fine": "github_pat_11KANARY0abcdefghijkl_mnopqrstuvwxyz0123456789",
@@ -50,49 +58,57 @@ def test_a_key_that_was_cut_off_is_hidden_to_the_end() -> None:
     assert redact(f"before {PEM[:70]}") == "before ***"
 
 
-@pytest.mark.parametrize(
-    ("text", "redacted"),
-    [
-        ("Authorization: Bearer kanary", "Authorization: ***"),
-        ("{'Authorization': 'Basic a2FuYXJ5OmthbmFyeQ=='}", "{'Authorization': '***'}"),
-        ('"authorization": "kanary"', '"authorization": "***"'),
-        ("curl -H 'Authorization: token kanary' https://x", "curl -H 'Authorization: ***' https://x"),
-        ("sent bearer kanary0123456789abc and failed", "sent *** and failed"),
-        ("X-Api-Key: kanary", "X-Api-Key: ***"),
-        ("password=kanary", "password=***"),
-        ("PASSWORD: kanary, user: me", "PASSWORD: ***, user: me"),
-        ("{'api_key': 'kanary', 'model': 'tiny'}", "{'api_key': '***', 'model': 'tiny'}"),
-        ('{"apiKey":"kan\\"ary","x":1}', '{"apiKey":"***","x":1}'),
-        ("{api_key:kanary,x:1}", "{api_key:***,x:1}"),
-        ("+backend.options.token=kanary", "+backend.options.token=***"),
-        ("backend.options.secret='kanary, and more'", "backend.options.secret='***'"),
-        ("client_secret=b'kanary'", "client_secret=b'***'"),
-        ("AccountKey=kanary==;EndpointSuffix=x", "AccountKey=***;EndpointSuffix=x"),
-        ("--password kanary --x", "--password *** --x"),
-        ("--hf-token=kanary", "--hf-token=***"),
-        ("HF_TOKEN=kanary", "HF_TOKEN=***"),
-        ("export MY_SECRET_THING=kanary kanary; x", "export MY_SECRET_THING=***"),
-        ("A=1\nDB_PASS=kan,ary ;x\nB=2", "A=1\nDB_PASS=***\nB=2"),
-        ("('AWS_SECRET_ACCESS_KEY', 'kan/ary')", "('AWS_SECRET_ACCESS_KEY', '***')"),
-        (
-            "environ({'OPENAI_API_KEY': 'kanary', 'HOME': '/root'})",
-            "environ({'OPENAI_API_KEY': '***', 'HOME': '/root'})",
-        ),
-        ("http://user:kanary@host:5000/path", "http://***@host:5000/path"),
-        ("https://kanary@host", "https://***@host"),
-        ("postgresql://u:p@kanary@host/db", "postgresql://***@host/db"),
-        ("http://u:a/kanary@host", "http://***@host"),
-        ("at http://u:p@a/x: refused; mail me@b", "at http://***@a/x: refused; mail me@b"),
-        ("http://a/?x=1&access_token=kanary&y=2 failed", "http://a/?x=1&access_token=***&y=2 failed"),
-        ("pg://h/d?sslmode=on&PASSWORD=kanary", "pg://h/d?sslmode=on&PASSWORD=***"),
-        (
-            "'https://h/f?Policy=x&Signature=kanary~_&Key-Pair-Id=K' x",
-            "'https://h/f?Policy=x&Signature=***&Key-Pair-Id=K' x",
-        ),
-        ("https://s3/x?X-Amz-Signature=kanary&X-Amz-Date=1", "https://s3/x?X-Amz-Signature=***&X-Amz-Date=1"),
-        ("https://blob/x?sv=1&sig=kanary%3D", "https://blob/x?sv=1&sig=***"),
-    ],
-)
+NAMED = [
+    ("Authorization: Bearer kanary", "Authorization: ***"),
+    ("{'Authorization': 'Basic a2FuYXJ5OmthbmFyeQ=='}", "{'Authorization': '***'}"),
+    ('"authorization": "kanary"', '"authorization": "***"'),
+    ("curl -H 'Authorization: token kanary' https://x", "curl -H 'Authorization: ***' https://x"),
+    ("sent bearer kanary0123456789abc and failed", "sent *** and failed"),
+    ("X-Api-Key: kanary", "X-Api-Key: ***"),
+    ("sent Basic bWU6a2FuYXJ5 and failed", "sent Basic *** and failed"),
+    ("proxy: basic bWU6a2FuYXJ5cw==", "proxy: basic ***"),
+    ("curl -u me:kanary https://x", "curl -u me:*** https://x"),
+    ("curl --user='me:kan:ary' https://x", "curl --user='me:***' https://x"),
+    ("['curl', '-u', 'me:kanary', 'https://x']", "['curl', '-u', 'me:***', 'https://x']"),
+    ("Server=h;Uid=me;Pwd=kanary;Encrypt=yes", "Server=h;Uid=me;Pwd=***;Encrypt=yes"),
+    ("DRIVER=x; UID=me; PWD={kan ary}", "DRIVER=x; UID=me; PWD=***"),
+    ("'Pwd=kanary;Uid=me'", "'Pwd=***;Uid=me'"),
+    ("password=kanary", "password=***"),
+    ("PASSWORD: kanary, user: me", "PASSWORD: ***, user: me"),
+    ("{'api_key': 'kanary', 'model': 'tiny'}", "{'api_key': '***', 'model': 'tiny'}"),
+    ('{"apiKey":"kan\\"ary","x":1}', '{"apiKey":"***","x":1}'),
+    ("{api_key:kanary,x:1}", "{api_key:***,x:1}"),
+    ("+backend.options.token=kanary", "+backend.options.token=***"),
+    ("backend.options.secret='kanary, and more'", "backend.options.secret='***'"),
+    ("client_secret=b'kanary'", "client_secret=b'***'"),
+    ("AccountKey=kanary==;EndpointSuffix=x", "AccountKey=***;EndpointSuffix=x"),
+    ("--password kanary --x", "--password *** --x"),
+    ("--hf-token=kanary", "--hf-token=***"),
+    ("HF_TOKEN=kanary", "HF_TOKEN=***"),
+    ("export MY_SECRET_THING=kanary kanary; x", "export MY_SECRET_THING=***"),
+    ("A=1\nDB_PASS=kan,ary ;x\nB=2", "A=1\nDB_PASS=***\nB=2"),
+    ("('AWS_SECRET_ACCESS_KEY', 'kan/ary')", "('AWS_SECRET_ACCESS_KEY', '***')"),
+    (
+        "environ({'OPENAI_API_KEY': 'kanary', 'HOME': '/root'})",
+        "environ({'OPENAI_API_KEY': '***', 'HOME': '/root'})",
+    ),
+    ("http://user:kanary@host:5000/path", "http://***@host:5000/path"),
+    ("https://kanary@host", "https://***@host"),
+    ("postgresql://u:p@kanary@host/db", "postgresql://***@host/db"),
+    ("http://u:a/kanary@host", "http://***@host"),
+    ("at http://u:p@a/x: refused; mail me@b", "at http://***@a/x: refused; mail me@b"),
+    ("http://a/?x=1&access_token=kanary&y=2 failed", "http://a/?x=1&access_token=***&y=2 failed"),
+    ("pg://h/d?sslmode=on&PASSWORD=kanary", "pg://h/d?sslmode=on&PASSWORD=***"),
+    (
+        "'https://h/f?Policy=x&Signature=kanary~_&Key-Pair-Id=K' x",
+        "'https://h/f?Policy=x&Signature=***&Key-Pair-Id=K' x",
+    ),
+    ("https://s3/x?X-Amz-Signature=kanary&X-Amz-Date=1", "https://s3/x?X-Amz-Signature=***&X-Amz-Date=1"),
+    ("https://blob/x?sv=1&sig=kanary%3D", "https://blob/x?sv=1&sig=***"),
+]
+
+
+@pytest.mark.parametrize(("text", "redacted"), NAMED, ids=range(len(NAMED)))  # pytest puts an id into the environment
 def test_a_secret_is_known_by_its_name_and_place(text: str, redacted: str) -> None:
     assert redact(text) == redacted
     assert redact(redacted) == redacted
@@ -108,6 +124,14 @@ ORDINARY = [
     "https://download.pytorch.org/whl/cu130",
     "file:///home/me/a@b/c",
     "s3://bucket/key/with/parts",
+    "a basic building block, basic arithmetic, BASIC programs and Basic64 bm90aGluZw==",
+    "basic bm90aGluZw== and basic functionality",
+    "docker run -u 1000:1000 x; sort -u a; python -u http://host/x; git push -u origin main",
+    "PWD=/root; OLDPWD=/tmp\nPWD=/work/tree; ls; pwd=$(pwd); cd ~",
+    "sk-learn-pipelines-of-many-steps, task-sk-internationalization, sk-characterization",
+    "SG.UE.64.STRONG, SG.90, HGMMA.64x128x16.F32.BF16 and ya29.x",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float> >(int)",
+    "https://hooks.slack.com/services and https://slack.com/apps/A0F7XDUAZ-incoming-webhooks",
     "/data//models@v2/llama/model-00001-of-00004.safetensors",
     "/root/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B/snapshots/d149729398750b98c0af14eb82c78cfe92750796",
     "3f786850e387550fdab836ed7e6dc881de23001b",  # git
@@ -230,16 +254,28 @@ def test_a_value_of_the_environment_s_secrets_is_hidden_in_all_its_spellings(
     assert redact(f"{value[:6]} {value[6:]}") == f"{value[:6]} {value[6:]}"
 
 
-def test_a_short_value_is_hidden_where_it_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOME_PASSWORD", "hunter2")
-    assert redact("hunter2, hunter22, xhunter2 and hunter2.") == "***, hunter22, xhunter2 and ***."
+@pytest.mark.parametrize(
+    "value", ["abcd", "12345", "hunter2", "swordfish", "opensesame", "12345678901", "hunterhunte", "p4ss_w0rd"]
+)
+def test_a_short_value_is_hidden_where_it_stands_alone(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("SOME_PASSWORD", value)
+    for text in ("{}, and {}.", "x={}", "me:{}@host", "me%3A{}%40host", repr("a\n{}\tb"), "_{}_", "-{}-"):
+        assert redact(text.format(value, value)) == text.format(HIDDEN, HIDDEN)
+    assert redact(f"{value}2 and x{value}") == f"{value}2 and x{value}"
 
 
-@pytest.mark.parametrize("value", ["", "x", "true", "random", "password", "1234567", "sdpa", "/etc/passwd", "qwen"])
+@pytest.mark.parametrize("value", ["", "x", "2048", "true", "Random", "password", "sdpa", "/etc/passwd", "rfloor"])
 def test_an_ordinary_value_of_a_secret_s_variable_stays(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("SOME_TOKEN", value)
-    text = f"weights=random password true /etc/passwd {value} 1234567 sdpa"
+    text = f"rfloor: weights=random password true /etc/passwd {value} sdpa 2048"
     assert redact(text) == text
+
+
+def test_a_file_of_a_password_s_name_makes_it_no_file_s_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "swordfish").touch()
+    monkeypatch.setenv("SOME_PASSWORD", "swordfish")
+    assert redact("swordfish") == HIDDEN
 
 
 def test_a_password_of_an_address_in_the_environment_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +297,11 @@ def test_what_a_configuration_keeps_secret_is_known() -> None:
         "tracking": {"uri": "https://***@host", "artifacts": "https://h/x?sig=***"},
         "token": None,
     }
+
+
+def test_a_password_that_is_a_field_s_name_costs_no_field() -> None:
+    plain = Redactor(["metrics", "step_times_ms", "outcome"]).plain({"metrics": {"step_times_ms": "outcome"}})
+    assert plain == {"metrics": {"step_times_ms": HIDDEN}}
 
 
 def test_a_name_may_hold_a_secret_too() -> None:
@@ -288,6 +329,14 @@ def test_redacting_twice_is_redacting_once(text: str) -> None:
 
 
 TEDIOUS = {
+    "slack": "hooks.slack.com/services/T" * 40_000,
+    "pwd": ";pwd=a" * 150_000,
+    "pwds": "pwd={" * 200_000,
+    "user": "-u " + "a" * 1_000_000,
+    "users": "-u " * 330_000,
+    "basic": "basic " + "a" * 1_000_000,
+    "basics": "basic " * 160_000,
+    "sks": "sk-" + "a" * 1_000_000,
     "letters": "x" * 1_000_000,
     "slashes": "/" * 1_000_000,
     "addresses": "a://" * 250_000,

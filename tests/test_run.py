@@ -26,6 +26,7 @@ from sweeps import (
 
 from registry.cache import KERNELS
 from registry.child import _environment
+from registry.log_limit import LEFT_OUT, LIMIT
 
 # sqlalchemy about what MLflow does
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")
@@ -62,6 +63,7 @@ FAULTY = {
     "limited": ("oom", "allocate", ""),
     "forks": ("ok", "^$", ""),
     "noisy": ("ok", "^$", ""),
+    "floods": ("crash", r"ended with code 3 and no answer; its last words: the last of many lines, \d\d? MiB$", ""),
 }
 
 
@@ -92,6 +94,16 @@ def test_what_a_worker_printed_is_kept(faulty: Sweep) -> None:
     traceback = faulty.log(faulty.record("raises"))
     assert "the second line" in traceback
     assert re.search(r"rfloor_faults\.py.* in load", traceback)
+
+
+def test_a_log_does_not_fill_the_disk(faulty: Sweep) -> None:
+    """Neither while it is written, which its worker looks at, nor once it is kept."""
+    log = faulty.log(faulty.record("floods"))
+    assert len(log) <= LIMIT
+    assert "the first of many lines" in log[:1000]
+    assert "the last of many lines" in log[-1000:]
+    assert int(re.search(r"(\d+) MiB$", log.strip())[1]) << 20 <= LIMIT
+    assert log.count(LEFT_OUT.decode()) == 1
 
 
 def test_what_is_right_among_faults_is_measured(faulty: Sweep) -> None:

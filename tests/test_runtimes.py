@@ -15,6 +15,7 @@ from sweeps import Start, Sweep, words
 
 from backends.attention.sdpa import Sdpa
 from backends.hf import HfBackend
+from backends.legacy import LegacyBackend
 from backends.quant.awq import Awq
 from backends.quant.gptq import Gptq
 from registry.api import Setup
@@ -158,8 +159,11 @@ def test_a_folder_s_group_size_is_the_cell_s(plan: Plan, architecture: Architect
 
 
 @pytest.mark.parametrize("quant", ["autoawq", "auto-gptq"])
-def test_a_missing_environment_is_told_with_the_command_that_makes_it(plan: Plan, quant: str) -> None:
-    cell = plan(f"quant={quant}", f"backend={quant}", "backend.options.environment=no-such-folder")
+def test_a_missing_environment_is_told_with_the_command_that_makes_it(
+    plan: Plan, quant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LegacyBackend, "environment", "no-such-folder")
+    cell = plan(f"quant={quant}", f"backend={quant}")
     refusal = refused(cell, Outcome.MISSING_DEPENDENCY)
     assert f"backend={quant} runs in an environment of its own, and no-such-folder is none" in refusal.reason
     assert refusal.remedy == "make legacy"

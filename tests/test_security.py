@@ -18,18 +18,20 @@ import pytest
 import torch
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from planning import CPU, Plan
 from sweeps import Start, told
 from test_record import made_up_cell, made_up_record
 from test_weights import small as small
 from transformers import AutoModelForCausalLM
 
-from registry import cli, logs, sweep
+from registry import cli, logs, private, run, sweep
 from registry import record as records
 from registry.architecture import Architecture
 from registry.archive import everything_in
+from registry.call import Call
 from registry.checkpoint import INDEX, expected_tensors
 from registry.compose import CONF, Composer
-from registry.outcome import BadInput
+from registry.outcome import BadInput, Outcome
 from registry.plugins import Catalog
 from registry.report.build import build
 from registry.report.observation import Observation
@@ -39,7 +41,7 @@ from registry.weights import FolderWeights, check_weights, open_weights
 
 ROOT = CONF.parent
 
-Call = Callable[..., subprocess.CompletedProcess[str]]
+Runner = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[[str, str], Path]
 
 
@@ -72,7 +74,7 @@ def site(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(site: Path, tmp_path: Path) -> Call:
+def call(site: Path, tmp_path: Path) -> Runner:
     """Call runner.py in an empty folder; nothing may have been entered, nor anything written."""
     cwd = tmp_path / "cwd"
     cwd.mkdir()
@@ -106,7 +108,7 @@ def test_no_flag_brings_a_configuration(capsys: pytest.CaptureFixture[str], aske
     assert "rfloor's configuration lies in conf/ and in its plugins" in capsys.readouterr().err
 
 
-def test_no_call_unpickles(call: Call, tmp_path: Path) -> None:
+def test_no_call_unpickles(call: Runner, tmp_path: Path) -> None:
     """As Hydra does what it is told to rerun, whatever else it is asked for."""
     brought = tmp_path / "brought.pickle"
     brought.write_bytes(pickle.dumps(Burglar(tmp_path / "entered")))
@@ -340,22 +342,119 @@ def test_a_damaged_file_of_an_option_is_bad_input_with_its_name(
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_that_a_file_names_is_entered_in_a_whole_call(call: Call, write: Write) -> None:
+def test_nothing_that_a_file_names_is_entered_in_a_whole_call(call: Runner, write: Write) -> None:
     write("quant/odd.yaml", f"# @package _global_\n{OPTIONS['logging']}\nquant: {{name: none}}\n")
     line = told(call("model=tiny", "gpu=cpu", "execution=cuda_graph", "quant=odd"))
     assert "quant=odd" in line
 
 
-def test_a_launcher_that_is_no_plugin_of_hydra_s_is_refused_beforehand(call: Call, write: Write) -> None:
+def test_a_launcher_that_is_no_plugin_of_hydra_s_is_refused_beforehand(call: Runner, write: Write) -> None:
     write("hydra/launcher/odd.yaml", "_target_: burglar.enter\n")
     assert "hydra/launcher=odd" in told(call("model=tiny", "gpu=cpu", "hydra/launcher=odd"))
     write("hydra/launcher/odd.yaml", "_target_: hydra._internal.core_plugins.basic_sweeper.BasicSweeper\n")
     assert "hydra/launcher=odd" in told(call("model=tiny", "gpu=cpu", "hydra/launcher=odd"))
 
 
+FARM = """
+import pathlib
+from dataclasses import dataclass, field
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.launcher import Launcher
+
+class Farm(BasicLauncher):
+    def __init__(self, name, n_jobs, setup, python, queue, submitit_folder):
+        assert (n_jobs, setup, python, queue) == (2, None, "python", {"a": 1})
+
+@dataclass
+class Config:
+    _target_: str = "hydra_plugins.farm.Farm"
+    name: str = "${hydra.job.name}"
+    n_jobs: int = 1
+    setup: list[str] | None = None
+    python: str = "python"
+    queue: dict[str, int] = field(default_factory=lambda: {"a": 1})
+    submitit_folder: str = "${hydra.sweep.dir}/x"
+
+ConfigStore.instance().store(group="hydra/launcher", name="farm", node=Config, provider="farm")
+"""
+
+
+@pytest.fixture
+def farm(site: Path) -> None:
+    """A launcher that hands cells to a shell, as submitit's does."""
+    (site / "hydra_plugins").mkdir()
+    (site / "hydra_plugins" / "farm.py").write_text(FARM)
+
+
+def test_a_launcher_is_told_how_many_and_where(call: Runner, farm: None) -> None:
+    done = call("-m", "model=tiny", "gpu=cpu", "dry_run=true", "hydra/launcher=farm", "hydra.launcher.n_jobs=2")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("hydra.launcher.setup=[touch entered]", "hydra.launcher.python=/tmp/x", "hydra.launcher.queue.a=2"),
+        *("hydra.launcher.submitit_folder=/tmp", "hydra.launcher.name='a\nb'", "+hydra.launcher.queue.b=2"),
+    ],
+)
+def test_a_launcher_is_told_nothing_that_a_shell_runs(call: Runner, farm: None, override: str) -> None:
+    assert "hydra.launcher" in told(call("-m", "model=tiny", "gpu=cpu", "hydra/launcher=farm", override))
+
+
+@pytest.mark.parametrize("line", ["setup: [touch entered]", "python: /tmp/x", "queue: {a: 2}"])
+def test_a_file_tells_a_launcher_nothing_of_its_own(call: Runner, write: Write, farm: None, line: str) -> None:
+    write("hydra/launcher/odd.yaml", f"defaults: [farm]\n{line}\n")
+    message = told(call("-m", "model=tiny", "gpu=cpu", "hydra/launcher=odd", "hydra.launcher.n_jobs=2"))
+    assert f"hydra.launcher.{line.partition(':')[0]}" in message
+
+
+@pytest.mark.parametrize("way", ["{}", "../{}"], ids=["absolute", "upwards"])
+@pytest.mark.parametrize("key", ["backend.options.environment", "+backend.options.environment"])
+def test_no_call_says_which_interpreter_runs_a_cell(call: Runner, tmp_path: Path, key: str, way: str) -> None:
+    python = tmp_path / "brought" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\ntouch {tmp_path / 'entered'}\n")
+    python.chmod(0o755)
+    for package in ("autoawq-0.2.9", "torch-2.11.0", "transformers-4.51.3"):
+        info = tmp_path / "brought" / "lib" / "python3.12" / "site-packages" / f"{package}.dist-info"
+        info.mkdir(parents=True)
+        name, _, version = package.rpartition("-")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    folder = tmp_path / "brought" if way == "{}" else os.path.relpath(tmp_path / "brought", ROOT.parent)
+    line = told(call("model=tiny", "gpu=cpu", "quant=autoawq", "backend=autoawq", f"{key}={way.format(folder)}"))
+    assert "environment" in line
+
+
 @pytest.mark.parametrize("arguments", [["-sc"], ["-sc", "foo=bar"], ["-sc", "install=tcsh"], ["-sc", "query=bash"]])
-def test_a_shell_that_cannot_be_completed_for_is_told(call: Call, arguments: list[str]) -> None:
+def test_a_shell_that_cannot_be_completed_for_is_told(call: Runner, arguments: list[str]) -> None:
     assert "shell" in told(call(*arguments))
+
+
+# The cache, out of which kernels are loaded
+
+
+def test_the_cache_is_made_for_its_user_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        private.made(tmp_path / "new" / "cache")
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("new", "new/cache")} == {0o700}
+
+
+def test_a_cache_that_becomes_another_s_is_not_loaded_from(plan: Plan, tmp_path: Path) -> None:
+    """It was not there when the call was looked at, and somebody was faster."""
+    cell = plan(
+        "model=tiny", "context=64", f"records={tmp_path / 'records'}", f"cache.folder={tmp_path / 'c'}", device=CPU
+    )
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c").chmod(0o777)
+    record = run.run_cell(cell, 0, 0, Call("sweep", None, lambda _: None))
+    assert record.outcome is Outcome.CRASH
+    assert "no worker could be started" in record.reason
+    assert "others may write into it" in record.reason
 
 
 # Model folders

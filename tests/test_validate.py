@@ -303,6 +303,23 @@ def test_a_folder_that_cannot_be_written_is_refused(config: Config, key: str) ->
     assert refusal(config).startswith(f"{key}=/proc/new cannot be written: ")
 
 
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o722, 0o1777])
+def test_a_cache_into_which_others_may_write_is_refused(config: Config, tmp_path: Path, mode: int) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(mode)
+    config.cache.folder = str(tmp_path / "cache")
+    assert refusal(config).startswith(f"cache.folder={tmp_path / 'cache'}: others may write into it")
+    (tmp_path / "cache").chmod(0o755)
+    validate(config)
+
+
+def test_another_user_s_cache_is_refused(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.cache.folder = str(tmp_path)
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert refusal(config).startswith(f"cache.folder={tmp_path}: it belongs to another user ({user})")
+
+
 # Where MLflow is
 
 NO_URI = [
@@ -332,6 +349,19 @@ NO_URI = [
     ("sqlite:///text.db", "text.db is no SQLite database"),
     ("sqlite:///text.db/mlflow.db", "there is no folder text.db"),
     (f"sqlite:///{'x' * 300}", "File name too long"),
+    ("sqlite+burglar:///mlflow.db", "and no other driver"),
+    ("postgresql+burglar://host/db", "and no other driver"),
+    ("mysql://host/db", "did you mean mysql+pymysql"),
+    ("mysql+burglar://host/db", "and no other driver"),
+    ("mssql://host/db", "did you mean mssql+pyodbc"),
+    ("sqlite:///mlflow.db?plugin=burglar", "plugin= names what"),
+    ("sqlite:///mlflow.db?timeout=5&%70lugin=burglar", "plugin= names what"),
+    ("postgresql://host/db?plugin=burglar", "plugin= names what"),
+    ("postgresql://me:a?b@host/db?plugin=burglar", "plugin= names what"),
+    ("mysql+pymysql://host/db?read_default_file=/tmp/my.cnf", "read_default_file= names what"),
+    ("mssql+pyodbc://host/db?odbc_connect=DRIVER%3D/tmp/burglar.so", "odbc_connect= names what"),
+    ("mssql+pyodbc://host/db?Driver=%2Ftmp%2Fburglar.so", "driver= names what"),
+    ("mssql+pyodbc://host/db?FileDSN=burglar.dsn", "filedsn= names what"),
 ]
 
 
@@ -341,8 +371,8 @@ def test_where_mlflow_cannot_be_is_refused(config: Config, tmp_path: Path, uri: 
     (tmp_path / "text.db").write_text("no database at all")
     config.tracking.uri = uri
     found = refusal(config)
-    assert found.startswith(f"tracking.uri={uri}")
-    assert told in found.removeprefix(f"tracking.uri={uri}")
+    assert found.startswith(f"tracking.uri={redact(uri)}")
+    assert told in found.removeprefix(f"tracking.uri={redact(uri)}")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "text.db"], "looking writes nothing"
 
 
@@ -358,7 +388,9 @@ def test_where_mlflow_cannot_be_is_refused(config: Config, tmp_path: Path, uri: 
         "http://[::1]:5000",
         "postgresql://user:word@host:5432/mlflow",
         "postgresql+psycopg2:///mlflow",
+        "postgresql+psycopg://host/mlflow?sslmode=require",
         "mysql+pymysql://host/mlflow?charset=utf8mb4",
+        "mssql+pyodbc://host/mlflow?driver=ODBC+Driver+18+for+SQL+Server",
     ],
 )
 def test_where_mlflow_can_be_is_taken(config: Config, tmp_path: Path, uri: str) -> None:

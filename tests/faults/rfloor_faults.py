@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NOISE = 5_000_000
+FLOOD = 32 << 20
+"""Bytes that a log may have."""
 HANGING = "hanging now"
 ODD_WORDS = f"[/no/tag] [red]text[/] \udcff {'on and on ' * 2000}\nthe second line"
 """Looks like rich's markup, cannot be encoded, is longer than anyone reads, and is two lines."""
@@ -314,6 +316,20 @@ class Noisy(HfBackend):
     def load(self, capacity: int) -> None:
         print("x" * NOISE, flush=True)
         super().load(capacity)
+
+
+class Floods(InLoad):
+    """Prints without end, for all that it knows; what is kept of it does not grow beyond its limit."""
+
+    def load(self, capacity: int) -> None:
+        print("the first of many lines")
+        for _ in range(40):
+            print("one of many lines, which is as long as lines are\n" * 20_000, flush=True)
+        deadline = time.monotonic() + 60
+        while os.fstat(1).st_size > FLOOD and time.monotonic() < deadline:
+            time.sleep(0.01)
+        print(f"the last of many lines, {os.fstat(1).st_size >> 20} MiB", flush=True)
+        os._exit(3)
 
 
 class SpoilsReport(HfBackend):
