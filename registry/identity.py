@@ -60,7 +60,7 @@ def source_digest(module: str, data: tuple[str, ...] = ()) -> str:
     """Hash of a module's source, of all that it imports from its own top-level package, and of files beside it."""
     digest = hashlib.sha256()
     own = _source(module)
-    beside = [own.with_name(name) for name in data] if own else []
+    beside = [own.parent / name for name in data] if own else []
     for file in [*sorted(_reachable(module)), *(file for file in beside if file.is_file())]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

@@ -1,14 +1,18 @@
 """Our int4: its layout held against PTX's own description of a tensor core tile, and the format's contract."""
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
+from planning import H200, Plan
 
 from backends.quant import groupwise
 from backends.quant.gptq import Gptq
 from backends.quant.int4 import Int4
 from backends.quant.layouts import GroupwiseOptions
-from registry.outcome import BadInput, Refused
+from registry.identity import source_digest
+from registry.outcome import BadInput, Outcome, Refused
 from registry.testing import LinearFormatContract
 
 FILE = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False}
@@ -139,6 +143,25 @@ def test_a_folder_of_another_kind_is_bad_input(change: dict[str, Any]) -> None:
         Int4(GroupwiseOptions()).adopt(FILE | change)
 
 
+@pytest.mark.parametrize("model", ["qwen2.5-0.5b", "qwen2.5-7b", "mistral-7b-v0.3", "llama-3.1-8b"])
+@pytest.mark.parametrize("body", ["hf", "fused"])
+def test_the_study_s_models_are_taken(plan: Plan, model: str, body: str) -> None:
+    cell = plan("quant=int4", f"model={model}", f"backend={body}", "execution=cuda_graph", device=H200)
+    assert cell.refusal is None or cell.refusal.outcome is Outcome.MISSING_DEPENDENCY
+
+
+def test_another_kernel_is_another_measurement() -> None:
+    """The files that the extension is made of are there to be hashed."""
+    folder = Path(inspect.getfile(Int4)).parent
+    assert all((folder / name).is_file() for name in Int4.data)
+    assert source_digest(Int4.__module__, Int4.data) != source_digest(Int4.__module__)
+
+
+def test_groups_of_another_size_are_bad_input(plan: Plan) -> None:
+    with pytest.raises(BadInput, match="group_size=64: int4's kernel has groups of 128"):
+        plan("quant=int4", "quant.options.group_size=64")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "columns"), [(4608, 3584), (3584, 18944), (128, 896), (4096, 14336), (896, 4864)])
 @pytest.mark.parametrize("streams", [1, 3, 8])
@@ -154,8 +177,8 @@ def test_the_kernel_multiplies(rows: int, columns: int, streams: int) -> None:
         module: Any = int4.convert(layer)
         x = torch.randn(streams, columns, device="cuda", dtype=torch.bfloat16)
         want = x.float() @ int4.dequantize(module).float().T + layer.bias.float()
-        poison = torch.full((streams, rows), torch.nan, device="cuda", dtype=torch.bfloat16)
-        del poison
+        poison = [torch.full_like(want, torch.nan, dtype=torch.bfloat16) for _ in range(64)]
+        del poison  # what the kernel's output is allocated in
         for warps in WARPS:
             for blocks in (1, 132, 4096):
                 out = extension().product(x, module.words, module.scales, module.bias, warps, blocks)
