@@ -45,10 +45,11 @@ def look(jobs: Sequence[What], folder: Path, profiled: bool) -> Before:
     """
     kept, problems = _records({cell_id for cell_id, *_ in jobs}, folder)
     plans = {one.sweep_id: one for one in manifests(folder)}
-    shared: dict[str, set[What]] = {name: {job.what for job in plan.jobs} & set(jobs) for name, plan in plans.items()}
+    known = {name: {job.what for job in plan.jobs} for name, plan in plans.items()}
     for record in kept:  # of a sweep without a manifest, as earlier versions left them, or of one with
-        shared.setdefault(record.sweep_id, set()).add(record.what)
-    sweep_id = max((name for name in shared if shared[name]), key=lambda name: (len(shared[name]), name), default="")
+        known.setdefault(record.sweep_id, set()).add(record.what)
+    shared = {name: len(whats & set(jobs)) for name, whats in known.items()}
+    sweep_id = max((name for name in shared if shared[name]), key=lambda name: (shared[name], name), default="")
     ok: dict[What, list[Record]] = defaultdict(list)
     for record in sorted(kept, key=lambda one: (one.sweep_id != sweep_id, one.started_at)):
         if record.outcome is Outcome.OK and (not profiled or "profile" in record.measured):

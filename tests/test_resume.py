@@ -88,6 +88,13 @@ def test_sessions_and_experiments_are_told_apart(tmp_path: Path) -> None:
     assert [*look(jobs, tmp_path, profiled=False).found] == [1, 2]
 
 
+def test_a_sweep_of_another_experiment_does_not_go_on(tmp_path: Path) -> None:
+    """It measured the same cell, for a question of its own."""
+    kept(tmp_path, A, experiment="stack")
+    kept(tmp_path, A, NEW)
+    assert look([(A, 0, "batch4"), (B, 0, "batch4")], tmp_path, profiled=False).sweep_id == ""
+
+
 def test_a_cell_that_is_asked_for_twice_needs_two_records(tmp_path: Path) -> None:
     kept(tmp_path, A)
     assert [*look([(A, 0, ""), (A, 0, "")], tmp_path, profiled=False).found] == [0]
