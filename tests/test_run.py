@@ -328,10 +328,21 @@ def test_a_sweep_that_is_asked_to_end_loses_no_cell(hung: Sweep) -> None:
     assert len(hung.records()) == len(hung.runs()) == 2
 
 
-def test_a_worker_dies_with_its_parent(start: Start) -> None:
+def test_nothing_outlives_a_sweep_that_is_killed(start: Start) -> None:
+    """Neither the worker nor what it started, nor who kept watch over them and slept all the while."""
     sweep = start("backend=hangs")
     sweep.until_it_hangs("0")
-    [worker] = [pid for pid, command in marked(sweep.mark) if "registry.worker" in command]
+    wait_for(lambda: [pid for pid, command in marked(sweep.mark) if command.startswith("sleep ")], "it is alone")
+    [keeper] = [pid for pid, command in marked(sweep.mark) if "keeper.py" in command]
+    woken = wakings(keeper)
+    time.sleep(0.5)
+    assert wakings(keeper) == woken
     sweep.process.kill()
     sweep.process.communicate(timeout=PATIENCE_S)
-    wait_for(lambda: worker not in dict(marked(sweep.mark)), "the worker lives on")
+    wait_for(lambda: not [*marked(sweep.mark)], f"these live on: {[*marked(sweep.mark)]}")
+
+
+def wakings(pid: int) -> list[str]:
+    """How often a process has been given a processor."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return [line for line in lines if "ctxt_switches" in line]
