@@ -20,8 +20,10 @@ from omegaconf import OmegaConf
 from planning import CPU, H200, Plan, refused
 from safetensors.numpy import save_file
 from sweeps import told
+from test_record import made_up_record
 
 from registry import floor, identity, sweep
+from registry import record as records
 from registry.api import LinearFormat, Requirement, unsupported
 from registry.architecture import CONFIG_JSON_NAMES, Architecture
 from registry.checkpoint import expected_tensors
@@ -655,9 +657,9 @@ def test_an_identity_is_the_same_in_another_process(plan: Plan, light: dict[str,
     assert done.stdout.strip() == plan("quant=nf4").cell_id
 
 
-def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_runs_as_it_was_planned(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of weights that goes away while the sweep runs is its own cell's end: nothing is planned again."""
-    cell = plan("model=tiny", "gpu=cpu", device=CPU)
+    cell, kept = plan("model=tiny", "gpu=cpu", device=CPU), tmp_path / "record.json"
     seen: list[Cell] = []
 
     class Told:
@@ -665,6 +667,9 @@ def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPat
 
         def plain(self) -> dict[str, Any]:
             return {}
+
+        def file(self, folder: Path) -> Path:
+            return kept
 
         def begin(self, label: str) -> None: ...
 
@@ -681,8 +686,10 @@ def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("registry.run.run_cell", run_cell)
     here = types.SimpleNamespace(job=types.SimpleNamespace(num=0))
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: here)
-    sweep.job(OmegaConf.create({}))
+    assert sweep.job(OmegaConf.create({})) == {"record": {}, "tracking_error": ""}
     assert seen == [cell]
+    kept.touch()  # a record that is on disk is not kept in memory to the sweep's end
+    assert sweep.job(OmegaConf.create({})) == {"file": str(kept), "tracking_error": ""}
 
 
 def test_what_a_launcher_keeps_of_a_job_is_its_record_alone() -> None:
@@ -693,6 +700,16 @@ def test_what_a_launcher_keeps_of_a_job_is_its_record_alone() -> None:
     assert (given.cfg, given.hydra_cfg) == (None, None)
     given.status = JobStatus.COMPLETED
     assert given.return_value == {"record": {}}
+
+
+def test_a_record_that_is_spoilt_while_its_sweep_goes_on_is_named_and_costs_no_other(tmp_path: Path) -> None:
+    whole = made_up_record()
+    spoilt = tmp_path / "spoilt.json"
+    spoilt.touch()
+    ended = [{"file": str(records.write(whole, tmp_path))}, {"file": str(spoilt)}, {"record": whole.plain()}]
+    found, [problem] = sweep._records(ended)
+    assert found == [whole, whole]
+    assert problem.startswith(f"{spoilt}: ")
 
 
 def test_what_fails_outside_every_cell_ends_the_call_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
