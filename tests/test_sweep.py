@@ -522,14 +522,53 @@ def test_a_quant_brings_its_backend_where_none_is_named(plan: Plan) -> None:
         ["gpu=h200"],
         ["gpu.price_usd_per_hour=9"],
         ["+gpu.sources.price_usd_per_hour=another list"],
+        ["gpu.nvml_names=[NVIDIA H200,NVIDIA H200 NVL]"],
+        ["gpu.memory_gb=100"],
+        ["gpu.compute_capability='8.9'"],
         ["model.source=another page"],
+        ["model.max_context=4096"],
+        ["model.revision=v2"],
+        ["quant.weight_bits=8"],
+        ["quant.backend=hf"],
         ["backend=hf"],
         ["context=512"],
+        ["protocol=paper", "context=512"],
+        ["protocol.sessions=10"],
+        ["execution.name=mine", "execution.launch=eager"],
+        ["resume=true"],
+        ["on_busy=refuse"],
+        ["cache.folder=elsewhere"],
+        ["cache.limit_gb=1"],
+        ["session=1"],
+        ["place=7"],
+        ["registration=abc"],
     ],
     ids=" ".join,
 )
 def test_the_same_measurement_has_the_same_identity(plan: Plan, overrides: list[str]) -> None:
     assert plan(*overrides).cell_id == plan().cell_id
+
+
+def test_what_a_cell_is_measured_for_is_not_its_identity(plan: Plan) -> None:
+    arm = plan("experiment=graphs_ab", "model=tiny", "context=64", "protocol=quick", "execution=eager")
+    assert arm.experiment == "graphs_ab"
+    alike = {key: getattr(arm.config.execution, key) for key in ("launch", "cache")}
+    own = [f"execution.{key}={value}" for key, value in alike.items()]
+    assert arm.cell_id == plan("model=tiny", "context=64", "protocol=quick", *own).cell_id
+
+
+def test_on_the_cpu_the_threads_are_those_that_a_step_has(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another quota or affinity is another measurement, and to ask for the threads that there are is none."""
+    ids = {}
+    for cores in (2, 4):
+        monkeypatch.setattr(identity, "physical_cores", lambda cores=cores: cores)
+        ids[cores] = plan("gpu=cpu", device=CPU).cell_id
+        assert plan("gpu=cpu", f"protocol.threads={cores}", device=CPU).cell_id == ids[cores]
+    assert ids[2] != ids[4]
+    assert plan("gpu=cpu", "protocol.threads=2", device=CPU).cell_id == ids[2]
+    of_a_gpu = plan().cell_id
+    monkeypatch.setattr(identity, "physical_cores", lambda: 2)
+    assert plan().cell_id == of_a_gpu
 
 
 def test_whatever_changes_a_measurement_changes_its_identity(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,7 +577,11 @@ def test_whatever_changes_a_measurement_changes_its_identity(plan: Plan, monkeyp
         ["model=tiny"],
         ["model.weights=owner/name"],
         ["model.weights=owner/name", "model.revision=v2"],
+        ["model=llama-3.1-8b"],
+        ["model=llama-3.1-8b", "model.max_context=65536"],
+        ["model.rope_theta=10000"],
         ["context=513"],
+        ["protocol=attention", "context=513"],
         ["protocol.seed=1"],
         ["protocol.batch_size=2"],
         ["protocol.warmup_steps=6"],
@@ -551,6 +594,8 @@ def test_whatever_changes_a_measurement_changes_its_identity(plan: Plan, monkeyp
         ["attention=sdpa-math"],
         ["quant=nf4"],
         ["quant=nf4", "quant.options.block_size=128"],
+        ["quant=nf4-double"],
+        ["quant.study_bits=4"],
         ["gpu.peak_bandwidth_gbs=4000"],
         ["gpu=cpu"],
     ]
@@ -570,6 +615,8 @@ def test_how_a_folder_s_weights_are_stored_is_part_of_its_cell_s_identity(
     for stored in ({}, {"quantised": {"bits": 4.25}}, {"quantised": {"bits": 5.0}}):
         monkeypatch.setattr("registry.plan.check_weights", lambda *_, stored=stored: stored)
         ids.add(plan("model.weights=owner/name").cell_id)
+    assert len(ids) == 3
+    ids.add(plan("model.weights=other/name", "model.revision=v2").cell_id)  # the same weights, elsewhere
     assert len(ids) == 3
 
 
