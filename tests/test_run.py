@@ -24,6 +24,7 @@ from sweeps import (
     words,
 )
 
+from registry import child
 from registry.cache import KERNELS
 from registry.child import _environment
 
@@ -285,6 +286,20 @@ def test_a_worker_that_the_kernel_kills_for_memory_is_oom(
     assert_told(sweep, record, "oom", "^the kernel killed the worker for want of host memory$", "smaller model")
     assert sweep.code == 0
     assert_nothing_left(sweep)
+
+
+@pytest.mark.parametrize(("kills", "outcome"), [(8, "oom"), (7, "crash")])
+def test_a_kill_is_oom_where_the_kernel_has_counted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, outcome: str
+) -> None:
+    """Where no control group can be made, of which the skipped test says why."""
+    log, counts = tmp_path / "worker.log", tmp_path / "vmstat"
+    log.write_text("loading\n")
+    monkeypatch.setattr(child, "VMSTAT", counts)
+    counts.write_text("pgfault 9\noom_kill 7\n")
+    before = child._oom_kills()
+    counts.write_text(f"pgfault 9\noom_kill {kills}\n")
+    assert child._died(-signal.SIGKILL, log, child._oom_kills() > before)["outcome"] == outcome
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.1, 0.4])
