@@ -35,6 +35,7 @@ COUNTER = itertools.count()
 MEASURED = Path(__file__).parent.parent / "docs/results/2026-11-22-h200/records/11be46667450d89a"
 """A cell that was measured: 30 step times, and all that stands beside them."""
 A_SWEEP = 500
+LOG_LINES = 100
 
 
 def made_up_record() -> records.Record:
@@ -96,6 +97,8 @@ def fill(folder: Path, number: int) -> None:
         for place, content in {**contents, folder / "sweeps" / f"{sweep_id}.json": plain}.items():
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(json.dumps(content, indent=1) + "\n")  # as `write_json`, which waits for the disk
+        for place in contents:
+            place.with_suffix(".log").write_text("a line that a worker has printed\n" * LOG_LINES)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from registry import logs, private
+from registry import keeper, logs, private
 from registry import record as records
 from registry.cache import kernel_environment
 from registry.environments import ROOT, interpreter
@@ -25,16 +25,13 @@ from registry.outcome import Outcome
 from registry.worker import PARENT, STAGES_FD, Request, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from registry.call import Call
     from registry.plan import Cell
     from registry.redact import Redactor
 
-MARK = "RFLOOR_WORKER"
-"""Environment variable that tells a worker's descendants from all other processes."""
-PROC = Path("/proc")
-VMSTAT = PROC / "vmstat"
+VMSTAT = Path("/proc/vmstat")
 LAST_BYTES = 1 << 20  # of a log, in which a dead worker's last words are looked for
 FORCED_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's order: device 0 is the same to both
 CHILD_ENVIRONMENT = {
@@ -101,9 +98,9 @@ def _run_worker(
     Raises:
         KeyboardInterrupt: The user wants no more.
     """
-    read_end, write_end = os.pipe()
     mark = uuid.uuid4().hex
-    with LogLimit(output) as limit:
+    with _kept(mark), LogLimit(output) as limit:
+        read_end, write_end = os.pipe()
         try:
             child = subprocess.Popen(
                 [_interpreter(cell), "-m", "registry.worker", str(answer)],
@@ -112,7 +109,7 @@ def _run_worker(
                 stderr=subprocess.STDOUT,
                 pass_fds=(write_end, *inherited),
                 start_new_session=True,
-                env=_environment(cell) | {STAGES_FD: str(write_end), PARENT: str(os.getpid()), MARK: mark},
+                env=_environment(cell) | {STAGES_FD: str(write_end), PARENT: str(os.getpid()), keeper.MARK: mark},
             )
         finally:
             os.close(write_end)
@@ -125,6 +122,20 @@ def _run_worker(
             os.close(read_end)
             _kill(child, mark)
     return child.returncode if finished else None
+
+
+@contextlib.contextmanager
+def _kept(mark: str) -> Iterator[None]:
+    """Inside, whatever bears the mark ends with this process, even if that is killed."""
+    command = [sys.executable, "-I", "-S", keeper.__file__, mark]
+    nowhere = subprocess.DEVNULL
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True, cwd="/"
+    ) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def _environment(cell: Cell) -> dict[str, str]:
@@ -185,28 +196,7 @@ def _kill(child: subprocess.Popen[bytes], mark: str) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    while left := [pid for pid in _pids() if pid != os.getpid() and _bears(pid, mark)]:
-        for pid in left:
-            with contextlib.suppress(OSError):  # it ended by itself
-                process = os.pidfd_open(pid)
-                try:
-                    if _bears(pid, mark):  # and its PID is not another's now
-                        signal.pidfd_send_signal(process, signal.SIGKILL)
-                        select.select([process], [], [])
-                finally:
-                    os.close(process)
-
-
-def _pids() -> list[int]:
-    return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal()]
-
-
-def _bears(pid: int, mark: str) -> bool:
-    """Whether a living process has inherited a worker's environment."""
-    try:
-        return f"{MARK}={mark}".encode() in (PROC / str(pid) / "environ").read_bytes().split(b"\0")
-    except OSError:  # it has ended, or is another user's
-        return False
+    keeper.kill_marked(mark)
 
 
 def _oom_kills() -> int:

@@ -58,7 +58,10 @@ def _open(registration: Registration, folder: Path, call: Call) -> Opened:
 def _run(mlflow: Tracker, registration: Registration) -> Logged:
     """Of a sweep that is taken up again the run that it has already."""
     run_id, _ = mlflow.known(registration.record_id).get(registration.record_id, ("", False))
-    return mlflow.logged(run_id or mlflow.open_experiment(registration))
+    if not run_id:
+        return mlflow.logged(mlflow.open_experiment(registration))
+    mlflow.take_up(run_id)
+    return mlflow.logged(run_id)
 
 
 def close_runs(opened: Sequence[Opened], measured: Sequence[Record], call: Call) -> list[tuple[Report, list[Path]]]:

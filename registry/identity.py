@@ -10,8 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.hardware import physical_cores
 from registry.redact import Redactor
 from registry.schema import what_decides, what_is_measured
+from registry.weights import RANDOM
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 WORKER = "registry.worker"
 """Where the measuring code starts."""
+SPELT_OUT = ("execution", "protocol")
+"""Groups whose options are names for what stands beside them: they choose no plugin."""
 
 
 def cell_id(
@@ -34,25 +38,41 @@ def cell_id(
 
     Args:
         config: The resolved cell. Where its runs and records go, what it is asked for, how often and how long it may
-            take, what is looked at once all is timed, what its GPU costs and where its numbers were read is left out;
-            so are secrets, which change no step and which a hash would let others guess.
+            take, what is looked at once all is timed, and what is only said of it (`registry.schema.NO_FIGURES`) is
+            left out; so are secrets, which change no step and which a hash would let others guess.
         device: The device that measures; its name and driver count, not which of several equal ones it is.
         modules: The plugins' modules, each with the files beside it that its steps depend on.
         versions: Installed packages.
-        stored: How weights in a folder are stored (`registry.weights.check_weights`): a folder that was written anew
-            with other widths is another measurement.
+        stored: How weights in a folder are stored and what they are (`registry.weights.check_weights`): a folder that
+            was written anew is another measurement, and one that was moved is not.
 
     Returns:
         Sixteen hexadecimal digits.
     """
     identity = {
-        "config": Redactor().plain(what_decides(what_is_measured(config))),
+        "config": Redactor().plain(_deciding(config, device, bool(stored))),
         "sources": {name: source_digest(name, modules.get(name, ())) for name in sorted({WORKER, *modules})},
         "device": [device.kind, device.name, device.driver],
         "versions": dict(versions),
         "weights": dict(stored),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _deciding(config: Config, device: Device, in_folder: bool) -> dict[str, Any]:
+    """A cell's configuration in its plain form, but for what is known better or does not count in this cell."""
+    plain = what_decides(what_is_measured(config))
+    for group in SPELT_OUT:
+        del plain[group]["name"]
+    if device.kind == "cpu":  # a GPU's steps have one thread that launches them
+        plain["protocol"]["threads"] = config.protocol.threads or physical_cores()
+    if in_folder:
+        del plain["model"]["weights"]
+    if in_folder or config.model.weights == RANDOM:
+        del plain["model"]["revision"]
+    if not config.model.rope_scaling:  # of which some reckon with it
+        del plain["model"]["max_context"]
+    return plain
 
 
 @cache

@@ -97,6 +97,13 @@ def opened(uri: str) -> Iterator[PatientClient]:
         yield PatientClient(uri)
 
 
+def forget(run_id: str) -> None:
+    """Let go of what MLflow keeps of each run that got an artifact: a thread pool and a queue, some 20 kB."""
+    from mlflow.tracking._tracking_service import utils
+
+    getattr(utils, "_artifact_repos_cache", {}).pop(run_id, None)
+
+
 def _may_pass(error: Exception) -> bool:
     """Whether MLflow may be only busy, locked or starting.
 

@@ -94,6 +94,10 @@ class Head:
         """What it answers."""
         return What(self.cell_id, self.session, self.experiment)
 
+    def file(self, folder: Path) -> Path:
+        """Where it lies under the folder of records."""
+        return path(folder, self.cell_id, self.sweep_id, self.index, self.attempt)
+
 
 @dataclass(kw_only=True)
 class Record(Head):
@@ -310,7 +314,7 @@ def _is_time(text: str) -> bool:
 
 def write(record: Record, folder: Path) -> Path:
     """Write a record under `folder` and return its file; a reader never sees half of it."""
-    file = path(folder, record.cell_id, record.sweep_id, record.index, record.attempt)
+    file = record.file(folder)
     faults.disk(faults.RECORD_FULL)
     write_json(file, record.plain())
     return file

@@ -62,7 +62,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
         attempt=records.next_attempt(folder, cell.cell_id, call.sweep_id, index),
         registration=call.registrations.get(cell.experiment, ""),
     )
-    file = records.path(folder, cell.cell_id, call.sweep_id, index, record.attempt)
+    file = record.file(folder)
     known = {"cell_id": cell.cell_id, "sweep_id": call.sweep_id, "gpu_name": cell.device.name}
     run_id = call.tracked(
         lambda mlflow: mlflow.open(record.record_id, cell.label, record.config, known, record.started_at)

@@ -251,8 +251,14 @@ UNTIMED = ("timeout_s", "profiled_steps")
 """Keys of the protocol that no step time depends on. A profile comes after the last timed step, where the kernels'
 names are looked up in every run anyway: what is measured, and every figure of it, is the same with and without."""
 
-NO_FIGURES = (("gpu", "price_usd_per_hour"), ("gpu", "sources"), ("model", "source"))
-"""Group and key of what is said of a cell and enters no step: its price, and where numbers were read."""
+NO_FIGURES = (
+    *(("gpu", key) for key in ("nvml_names", "memory_gb", "compute_capability", "price_usd_per_hour", "sources")),
+    *(("quant", key) for key in ("backend", "weight_bits")),
+    ("model", "source"),
+)
+"""Group and key of what is said of a cell and enters no step and none of its figures: what its GPU is recognised by
+and has room for, its price, which backend stands for `auto`, what the weights are expected to take, and where numbers
+were read."""
 
 T = TypeVar("T")
 

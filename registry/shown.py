@@ -28,6 +28,8 @@ TAG_LIMIT = 8000
 NAME_LIMIT = 250
 RECORD = "cell.json"
 """The artifact of a cell's run that is its record."""
+CONFIG = "config.yaml"
+"""The artifact that is its configuration."""
 REGISTRATION = "registration.json"
 """The artifact of an experiment's run that holds what was fixed beforehand."""
 VIEW = "rfloor"

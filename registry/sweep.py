@@ -25,6 +25,7 @@ from hydra.experimental.callback import Callback
 
 from registry import faults
 from registry import manifest as manifests
+from registry import record as records
 from registry import registration as registrations
 from registry.axes import check_count
 from registry.compose import Composer, to_config
@@ -351,10 +352,10 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
     from hydra.types import HydraContext
 
     from registry import logs
-    from registry import record as records
     from registry.call import Call
     from registry.display import Reporter, console
     from registry.experiment_runs import close_runs, open_runs
+    from registry.importing import log_missing
     from registry.registration import register
     from registry.report.terminal import tell_report
 
@@ -392,11 +393,15 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         _track(call, config.tracking)
         call.tracked(lambda mlflow: mlflow.close_left())
         logs.finish_abandoned(folder)
+        kept = [(record.file(folder), record) for record in sweep.measured.values()]
+        call.tracked(lambda mlflow: log_missing(kept, mlflow) if kept else None)  # what the last call could not log
         opened = open_runs(registered, Path(config.records), call)
         _running = Running(call, reporter)
         ended = [one.return_value for one in launcher.launch(jobs, initial_job_idx=0)] if jobs else []
-    found = [*sweep.measured.values(), *(records.from_plain(one["record"]) for one in ended)]
-    found.sort(key=lambda record: record.index)
+    found, problems = _records(ended)
+    for problem in problems:
+        print(f"rfloor: no record: {problem}", file=sys.stderr)
+    found = sorted([*sweep.measured.values(), *found], key=lambda record: record.index)
     errors = {one["tracking_error"] for one in ended if one["tracking_error"]}
     _tell(found)
     for report, files in close_runs(opened, found, call):
@@ -405,14 +410,15 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         errors.add(call.tracking_error)
     reports = [["rfloor", "report", one.experiment.name, f"sweep={sweep.sweep_id}"] for one in registered]
     _tell_where(errors, config, call.tracker.page if call.tracker else "", reports)
-    return 0 if not errors and all(record.outcome.benign for record in found) else 1
+    return 0 if not errors and not problems and all(record.outcome.benign for record in found) else 1
 
 
 def job(config: DictConfig) -> dict[str, Any]:
     """One cell, as a launcher runs it.
 
     Returns:
-        The record in its plain form under `record`, and what MLflow said under `tracking_error`.
+        The record in its plain form under `record`, and what MLflow said under `tracking_error`. A launcher in the
+        sweep's own process, which keeps all this to the sweep's end, gets the record's `file` in its place.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -429,9 +435,22 @@ def job(config: DictConfig) -> dict[str, Any]:
         call = Call(config.sweep_id, None, lambda _: None, {cell.experiment: config.registration or ""})
         _track(call, cell.config.tracking)
     record = run_cell(cell, index, session, call)
+    file = record.file(Path(cell.config.records))
     if _running:
         _running.reporter.done(record)
-    return {"record": record.plain(), "tracking_error": call.tracking_error}
+    kept = {"file": str(file)} if _running and file.exists() else {"record": record.plain()}
+    return {**kept, "tracking_error": call.tracking_error}
+
+
+def _records(ended: Sequence[dict[str, Any]]) -> tuple[list[Record], list[str]]:
+    """The records of what `job` gave back, and a line for each that somebody has spoilt since."""
+    found, problems = [], []
+    for one in ended:
+        try:
+            found.append(records.read(Path(one["file"])) if "file" in one else records.from_plain(one["record"]))
+        except records.BadRecord as error:
+            problems.append(str(error))
+    return found, problems
 
 
 def _track(call: Call, tracking: TrackingConfig) -> None:
@@ -507,7 +526,7 @@ class _Forget(Callback):
     """Lets go of each job's configurations, which the launcher would keep to the sweep's end: 0.2 MB a cell."""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """A job has ended; of what it gives back only the record is asked for."""
+        """A job has ended; only what it returns is asked for."""
         job_return.cfg = job_return.hydra_cfg = None
 
 

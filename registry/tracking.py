@@ -14,23 +14,39 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import yaml
+
 from registry import faults, logs
 from registry import record as records
-from registry.mlflow_client import TrackingDown, opened
+from registry.mlflow_client import TrackingDown, forget, opened
 from registry.outcome import BadInput, nearest
 from registry.process import has_ended, this_process
 from registry.record import Record
 from registry.redact import Redactor, environment_secrets, known_secrets, redact
 from registry.registration import HASH_TAG, KIND, LOGGED_TAG, Logged, Registration
-from registry.shown import NAME_LIMIT, PARAM_LIMIT, REGISTRATION, STATUS, TAG_LIMIT, VIEW, flatten, saved_view, tags
+from registry.shown import (
+    CONFIG,
+    NAME_LIMIT,
+    PARAM_LIMIT,
+    REGISTRATION,
+    STATUS,
+    TAG_LIMIT,
+    VIEW,
+    flatten,
+    saved_view,
+    tags,
+)
 from registry.validate import SERVERS, sqlite_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+    from mlflow.entities import Param
+
     from registry.schema import ExperimentConfig, TrackingConfig
 
 T = TypeVar("T")
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # many times as fast where it is there
 RECORD_TAG = "rfloor.record_id"
 REPORT = "report"
 """The kind of a run that has nothing but a report over all runs."""
@@ -131,7 +147,7 @@ class Tracker:
         run_id = self._create_run(
             record_id, start_time=start, run_name=self._hidden.text(label)[:NAME_LIMIT], tags=tags
         )
-        self.log_params(run_id, config)
+        self._ask(self._client.log_batch, run_id, params=_params(self._hidden.plain(config)))
         return run_id
 
     def _create_run(self, record_id: str, tags: Mapping[str, str], **run: Any) -> str:
@@ -153,23 +169,6 @@ class Tracker:
             return str(made.info.run_id)
 
         return str(self._ask(create))
-
-    def log_params(self, run_id: str, config: Mapping[str, Any]) -> None:
-        """Log the leaves of a configuration; those that the run has already stay as they are.
-
-        Raises:
-            TrackingDown: See the class.
-        """
-        from mlflow.entities import Param
-
-        leaves = dict(flatten(self._hidden.plain(config)))
-        params = [
-            Param(key, value[:PARAM_LIMIT])
-            for key, value in leaves.items()
-            # Of the parameters that differ the UI compares three unasked; a plugin under its own name is no news.
-            if not (key.endswith(".plugin") and value == leaves.get(f"{key.removesuffix('plugin')}name"))
-        ]
-        self._ask(self._client.log_batch, run_id, params=params)
 
     def open_experiment(self, registration: Registration) -> str:
         """Start the run of an experiment; its cells have runs of their own.
@@ -251,6 +250,7 @@ class Tracker:
         Raises:
             TrackingDown: See the class.
         """
+        self.take_up(run_id)
         ended = self._ask(self._client.get_run, run_id).info.status != "RUNNING"
         there = {artifact.path for artifact in self._ask(self._client.list_artifacts, run_id)}
         if REGISTRATION not in there:
@@ -259,7 +259,7 @@ class Tracker:
             self._ask(self._client.set_terminated, run_id, status="FINISHED")
         return not ended or REGISTRATION not in there
 
-    def close(self, run_id: str, record: Record, files: Mapping[str, Path]) -> None:
+    def close(self, run_id: str, record: Record, files: Mapping[str, Path], late: bool = False) -> None:
         """Log a record's results into its run and end it.
 
         Everything logged is dated by the record, so that logging it again adds nothing.
@@ -268,6 +268,7 @@ class Tracker:
             run_id: Of `open`.
             record: What came of the cell.
             files: Artifacts: the name to give each, and where it lies.
+            late: Whether the run may lack its parameters.
 
         Raises:
             TrackingDown: See the class.
@@ -275,6 +276,7 @@ class Tracker:
         from mlflow.entities import Metric, RunTag
 
         record = Record(**self._hidden.plain(vars(record)))
+        self._ask(self._log_artifacts, run_id, files, record.config)  # which reads the run, so before it grows
         end = _milliseconds(record.started_at) + round(record.wall_s * 1000)
         metrics = [Metric(name, float(value), end, 0) for name, value in record.metrics.items()]
         for name, times in (("step_time_ms", record.step_times_ms), ("call_time_us", record.call_times_us)):
@@ -283,32 +285,43 @@ class Tracker:
             self._client.log_batch,
             run_id,
             metrics=metrics,
+            params=_params(record.config) if late else [],
             tags=[RunTag(key, value) for key, value in tags(record).items()],
         )
-        for name, file in files.items():
-            if file.exists():
-                self._ask(self._log_artifact, run_id, name, file)
-        self._ask(self._client.log_dict, run_id, record.config, "config.yaml")
         status = STATUS.get(record.outcome, "FAILED")
         self._ask(self._client.set_terminated, run_id, status=status, end_time=end)
 
+    def _log_artifacts(self, run_id: str, files: Mapping[str, Path], config: Mapping[str, Any]) -> None:
+        """Log a cell's configuration, and those of its files that are there."""
+        with tempfile.TemporaryDirectory(prefix="rfloor-") as temporary:
+            for name, file in files.items():
+                if file.exists():
+                    self._put(file, Path(temporary, name))
+            Path(temporary, CONFIG).write_text(yaml.dump(config, Dumper=DUMPER, default_flow_style=False))
+            self._client.log_artifacts(run_id, temporary)
+        forget(run_id)
+
     def _log_artifact(self, run_id: str, name: str, file: Path, folder: str = "") -> None:
-        """Log a file under another name, byte by byte and however large, but for secrets that others left in it."""
+        """Log a file under another name."""
         with tempfile.TemporaryDirectory(prefix="rfloor-") as temporary:
             place = Path(temporary, name)
-            content = records.read_json(file) if file.suffix == ".json" else None
-            if file.suffix == ".log":
-                logs.clean(file, place, self._hidden)
-            elif (kept := self._hidden.plain(content)) != content:
-                records.write_json(place, kept)
-            else:
-                place.symlink_to(file.absolute())
+            self._put(file, place)
             self._client.log_artifact(run_id, str(place), folder or None)
+
+    def _put(self, file: Path, place: Path) -> None:
+        """Put a file elsewhere, byte by byte and however large, but for secrets that others left in it."""
+        content = records.read_json(file) if file.suffix == ".json" else None
+        if file.suffix == ".log":
+            logs.clean(file, place, self._hidden)
+        elif (kept := self._hidden.plain(content)) != content:
+            records.write_json(place, kept)
+        else:
+            place.symlink_to(file.absolute())
 
     def close_left(self) -> int:
         """End the runs that killed processes left running, as KILLED, and return how many there were.
 
-        They get no outcome: an import may still find their records.
+        They say so, and are not complete: an import may still find their records, and `take_up` them.
 
         Raises:
             TrackingDown: See the class.
@@ -323,6 +336,17 @@ class Tracker:
             self._ask(self._client.set_terminated, run_id, status="KILLED")
         return len(left)
 
+    def take_up(self, run_id: str) -> None:
+        """Make a run that `close_left` has ended this process's, as if this process had begun it.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        if self._ask(self._client.get_run, run_id).data.tags.get("reason") == LEFT:
+            self._ask(self._client.set_tag, run_id, PROCESS_TAG, this_process())
+            self._ask(self._client.update_run, run_id, status="RUNNING")
+            self._ask(self._client.delete_tag, run_id, "reason")
+
     def known(self, record_id: str = "") -> dict[str, tuple[str, bool]]:
         """Runs of the experiment by their record: run id, and whether it is complete.
 
@@ -335,7 +359,8 @@ class Tracker:
         found: dict[str, tuple[str, bool]] = {}
         for run in self._runs(_of(record_id) if record_id else ""):
             tags = run.data.tags
-            complete = run.info.status != "RUNNING" and ("outcome" in tags or tags.get("kind") == KIND)
+            ended = run.info.status != "RUNNING" and tags.get("reason") != LEFT
+            complete = ended and ("outcome" in tags or tags.get("kind") == KIND)
             if RECORD_TAG in tags and (complete or tags[RECORD_TAG] not in found):
                 found[tags[RECORD_TAG]] = (run.info.run_id, complete)
         return found
@@ -399,6 +424,19 @@ class Tracker:
             token = page.token
             if not token:
                 return
+
+
+def _params(config: Mapping[str, Any]) -> list[Param]:
+    """The leaves of a configuration as MLflow's parameters."""
+    from mlflow.entities import Param
+
+    leaves = dict(flatten(config))
+    return [
+        Param(key, value[:PARAM_LIMIT])
+        for key, value in leaves.items()
+        # Of the parameters that differ the UI compares three unasked; a plugin under its own name is no news.
+        if not (key.endswith(".plugin") and value == leaves.get(f"{key.removesuffix('plugin')}name"))
+    ]
 
 
 def _missing_database(uri: str) -> Path | None:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 RANDOM = "random"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Ends of names of weights that torch pickled."""
+LENGTH_BYTES = 8
+"""Of a safetensors header's length, with which a file begins."""
+SAMPLE_BYTES = 256
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -205,8 +208,8 @@ def check_weights(weights: str, architecture: Architecture, quant: Any = None) -
         quant: The format that the cell runs, an instance of its plugin.
 
     Returns:
-        How a folder's weights are stored: its quantisation settings, and the headers by file. Empty for weights from
-        elsewhere.
+        How a folder's weights are stored, and what they are: its quantisation settings, the headers by file, and
+        each file's `sample`. Empty for weights from elsewhere.
 
     Raises:
         BadInput: No such folder, no model in it, a truncated or missing file, another architecture, or
@@ -222,14 +225,15 @@ def check_weights(weights: str, architecture: Architecture, quant: Any = None) -
             f"model.weights={weights}: no such folder. Give a folder that holds config.json and "
             "*.safetensors, a hub id (owner/name), or random"
         )
-    return check_folder(folder, architecture, quant)
+    found = check_folder(folder, architecture, quant)
+    return {**found, "samples": {shard.name: sample(shard) for shard in _shards(folder)}}
 
 
 def check_folder(folder: Path, architecture: Architecture, quant: Any = None) -> dict[str, Any]:
     """The checks of `check_weights` on one folder.
 
     Returns:
-        See there.
+        See there; without the samples.
 
     Raises:
         BadInput: See there.
@@ -331,6 +335,22 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
             return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError, MemoryError) as error:  # the last: no room to map it
         raise BadInput(f"{file} is truncated or no safetensors file: {error}") from error
+
+
+def sample(file: Path) -> str:
+    """Hash of some bytes from the middle of every tensor of a safetensors file, which `read_header` has checked.
+
+    A copy's is the same, wherever it lies, and another training's is not, at the cost of no more than the header's.
+    """
+    digest = hashlib.sha256()
+    with files.opened(file) as stream:
+        begin = LENGTH_BYTES + int.from_bytes(stream.read(LENGTH_BYTES), "little")
+        header = json.loads(stream.read(begin - LENGTH_BYTES))
+        for name in sorted(header.keys() - {"__metadata__"}):
+            first, end = header[name]["data_offsets"]
+            stream.seek(begin + max(first, (first + end - SAMPLE_BYTES) // 2))
+            digest.update(stream.read(min(SAMPLE_BYTES, end - first)))
+    return digest.hexdigest()
 
 
 def _shards(folder: Path) -> list[Path]:

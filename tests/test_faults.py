@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
-from sweeps import Start, Sweep, assert_nothing_left, database, words
+from sweeps import Start, Sweep, assert_logged, assert_nothing_left, database, words
 
 from registry import cli, faults
 from registry import record as records
@@ -82,9 +82,18 @@ def test_a_disk_full_at_mlflow_costs_no_record(start: Start, monkeypatch: pytest
         sweep.stdout
     )
     assert [record["outcome"] for record in sweep.records()] == ["ok"]
+    still = start(*SMALL, "resume=true", after=sweep).end()
+    assert still.code == 1
+    assert "Once it does: rfloor import" in words(still.stdout)
     monkeypatch.delenv(faults.VARIABLE)
     store = [f"tracking.uri=sqlite:///{sweep.folder}/late.db", f"tracking.artifacts={sweep.folder}/artifacts"]
     assert cli.main(["import", str(sweep.folder / "records"), *store]) == 0
+    for _ in range(2):
+        again = start(*SMALL, "resume=true", after=sweep).end()
+        assert again.code == 0, again.stderr
+        assert "1 of 1 are measured" in again.stdout
+        [record] = again.records()
+        assert_logged(again, record)
 
 
 @pytest.mark.parametrize("point", [faults.CLOCK_BACK, faults.CLOCK_FORWARD])

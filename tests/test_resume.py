@@ -1,8 +1,10 @@
 """Sweeps that were cut short, and taken up again."""
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import time
 from collections import Counter
 from dataclasses import fields
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
-from sweeps import PATIENCE_S, Start, Sweep, assert_nothing_left, database, marked
+from sweeps import PATIENCE_S, Start, Sweep, assert_logged, assert_nothing_left, database, marked, wait_for
 from test_record import made_up_record
 
 from registry import cli
@@ -237,6 +239,27 @@ def test_a_killed_sweep_goes_on_where_it_was(start: Start) -> None:
     assert again.code == 0
     assert "4 of 4 are measured" in again.stdout
     assert again.records() == found
+
+
+def test_what_a_killed_sweep_has_measured_and_not_logged_is_logged(start: Start) -> None:
+    """It is killed between a record and the end of its run, in which a locked store holds it up."""
+    killed = start("backend=waits")
+    killed.until_it_hangs()
+    with contextlib.closing(sqlite3.connect(killed.home / "mlflow.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        (killed.folder / "go").touch()
+        wait_for(lambda: killed.written(), "no record")
+        os.kill(killed.process.pid, signal.SIGKILL)
+        killed.end()
+    assert statuses(killed) == {("RUNNING", ""): 1}
+    for _ in range(2):
+        again = start("backend=waits", "resume=true", after=killed).end()
+        assert again.code == 0, again.stderr
+        assert "1 of 1 are measured" in again.stdout
+        [record] = again.records()
+        assert record["outcome"] == "ok"
+        assert_logged(again, record)
+        assert statuses(again) == {("FINISHED", "ok"): 1}
 
 
 def test_what_failed_is_tried_again_and_the_last_attempt_counts(start: Start) -> None:

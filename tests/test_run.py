@@ -24,6 +24,7 @@ from sweeps import (
     words,
 )
 
+from registry import child
 from registry.cache import KERNELS
 from registry.child import _environment
 from registry.log_limit import LEFT_OUT, LIMIT
@@ -299,6 +300,20 @@ def test_a_worker_that_the_kernel_kills_for_memory_is_oom(
     assert_nothing_left(sweep)
 
 
+@pytest.mark.parametrize(("kills", "outcome"), [(8, "oom"), (7, "crash")])
+def test_a_kill_is_oom_where_the_kernel_has_counted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, outcome: str
+) -> None:
+    """Where no control group can be made, of which the skipped test says why."""
+    log, counts = tmp_path / "worker.log", tmp_path / "vmstat"
+    log.write_text("loading\n")
+    monkeypatch.setattr(child, "VMSTAT", counts)
+    counts.write_text("pgfault 9\noom_kill 7\n")
+    before = child._oom_kills()
+    counts.write_text(f"pgfault 9\noom_kill {kills}\n")
+    assert child._died(-signal.SIGKILL, log, child._oom_kills() > before)["outcome"] == outcome
+
+
 @pytest.mark.parametrize("after_s", [0.0, 0.1, 0.4])
 def test_an_interrupt_before_the_first_cell_is_told_in_a_line(start: Start, after_s: float) -> None:
     """The sweep is planned and has a name; nothing else has happened, or all of it is interrupted."""
@@ -340,10 +355,21 @@ def test_a_sweep_that_is_asked_to_end_loses_no_cell(hung: Sweep) -> None:
     assert len(hung.records()) == len(hung.runs()) == 2
 
 
-def test_a_worker_dies_with_its_parent(start: Start) -> None:
+def test_nothing_outlives_a_sweep_that_is_killed(start: Start) -> None:
+    """Neither the worker nor what it started, nor who kept watch over them and slept all the while."""
     sweep = start("backend=hangs")
     sweep.until_it_hangs("0")
-    [worker] = [pid for pid, command in marked(sweep.mark) if "registry.worker" in command]
+    wait_for(lambda: [pid for pid, command in marked(sweep.mark) if command.startswith("sleep ")], "it is alone")
+    [keeper] = [pid for pid, command in marked(sweep.mark) if "keeper.py" in command]
+    woken = wakings(keeper)
+    time.sleep(0.5)
+    assert wakings(keeper) == woken
     sweep.process.kill()
     sweep.process.communicate(timeout=PATIENCE_S)
-    wait_for(lambda: worker not in dict(marked(sweep.mark)), "the worker lives on")
+    wait_for(lambda: not [*marked(sweep.mark)], f"these live on: {[*marked(sweep.mark)]}")
+
+
+def wakings(pid: int) -> list[str]:
+    """How often a process has been given a processor."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return [line for line in lines if "ctxt_switches" in line]

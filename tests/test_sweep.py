@@ -20,8 +20,10 @@ from omegaconf import OmegaConf
 from planning import CPU, H200, Plan, refused
 from safetensors.numpy import save_file
 from sweeps import told
+from test_record import made_up_record
 
 from registry import floor, identity, sweep
+from registry import record as records
 from registry.api import LinearFormat, Requirement, unsupported
 from registry.architecture import CONFIG_JSON_NAMES, Architecture
 from registry.checkpoint import expected_tensors
@@ -520,14 +522,53 @@ def test_a_quant_brings_its_backend_where_none_is_named(plan: Plan) -> None:
         ["gpu=h200"],
         ["gpu.price_usd_per_hour=9"],
         ["+gpu.sources.price_usd_per_hour=another list"],
+        ["gpu.nvml_names=[NVIDIA H200,NVIDIA H200 NVL]"],
+        ["gpu.memory_gb=100"],
+        ["gpu.compute_capability='8.9'"],
         ["model.source=another page"],
+        ["model.max_context=4096"],
+        ["model.revision=v2"],
+        ["quant.weight_bits=8"],
+        ["quant.backend=hf"],
         ["backend=hf"],
         ["context=512"],
+        ["protocol=paper", "context=512"],
+        ["protocol.sessions=10"],
+        ["execution.name=mine", "execution.launch=eager"],
+        ["resume=true"],
+        ["on_busy=refuse"],
+        ["cache.folder=elsewhere"],
+        ["cache.limit_gb=1"],
+        ["session=1"],
+        ["place=7"],
+        ["registration=abc"],
     ],
     ids=" ".join,
 )
 def test_the_same_measurement_has_the_same_identity(plan: Plan, overrides: list[str]) -> None:
     assert plan(*overrides).cell_id == plan().cell_id
+
+
+def test_what_a_cell_is_measured_for_is_not_its_identity(plan: Plan) -> None:
+    arm = plan("experiment=graphs_ab", "model=tiny", "context=64", "protocol=quick", "execution=eager")
+    assert arm.experiment == "graphs_ab"
+    alike = {key: getattr(arm.config.execution, key) for key in ("launch", "cache")}
+    own = [f"execution.{key}={value}" for key, value in alike.items()]
+    assert arm.cell_id == plan("model=tiny", "context=64", "protocol=quick", *own).cell_id
+
+
+def test_on_the_cpu_the_threads_are_those_that_a_step_has(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another quota or affinity is another measurement, and to ask for the threads that there are is none."""
+    ids = {}
+    for cores in (2, 4):
+        monkeypatch.setattr(identity, "physical_cores", lambda cores=cores: cores)
+        ids[cores] = plan("gpu=cpu", device=CPU).cell_id
+        assert plan("gpu=cpu", f"protocol.threads={cores}", device=CPU).cell_id == ids[cores]
+    assert ids[2] != ids[4]
+    assert plan("gpu=cpu", "protocol.threads=2", device=CPU).cell_id == ids[2]
+    of_a_gpu = plan().cell_id
+    monkeypatch.setattr(identity, "physical_cores", lambda: 2)
+    assert plan().cell_id == of_a_gpu
 
 
 def test_whatever_changes_a_measurement_changes_its_identity(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,7 +577,11 @@ def test_whatever_changes_a_measurement_changes_its_identity(plan: Plan, monkeyp
         ["model=tiny"],
         ["model.weights=owner/name"],
         ["model.weights=owner/name", "model.revision=v2"],
+        ["model=llama-3.1-8b"],
+        ["model=llama-3.1-8b", "model.max_context=65536"],
+        ["model.rope_theta=10000"],
         ["context=513"],
+        ["protocol=attention", "context=513"],
         ["protocol.seed=1"],
         ["protocol.batch_size=2"],
         ["protocol.warmup_steps=6"],
@@ -549,6 +594,8 @@ def test_whatever_changes_a_measurement_changes_its_identity(plan: Plan, monkeyp
         ["attention=sdpa-math"],
         ["quant=nf4"],
         ["quant=nf4", "quant.options.block_size=128"],
+        ["quant=nf4-double"],
+        ["quant.study_bits=4"],
         ["gpu.peak_bandwidth_gbs=4000"],
         ["gpu=cpu"],
     ]
@@ -568,6 +615,8 @@ def test_how_a_folder_s_weights_are_stored_is_part_of_its_cell_s_identity(
     for stored in ({}, {"quantised": {"bits": 4.25}}, {"quantised": {"bits": 5.0}}):
         monkeypatch.setattr("registry.plan.check_weights", lambda *_, stored=stored: stored)
         ids.add(plan("model.weights=owner/name").cell_id)
+    assert len(ids) == 3
+    ids.add(plan("model.weights=other/name", "model.revision=v2").cell_id)  # the same weights, elsewhere
     assert len(ids) == 3
 
 
@@ -655,9 +704,9 @@ def test_an_identity_is_the_same_in_another_process(plan: Plan, light: dict[str,
     assert done.stdout.strip() == plan("quant=nf4").cell_id
 
 
-def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_runs_as_it_was_planned(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of weights that goes away while the sweep runs is its own cell's end: nothing is planned again."""
-    cell = plan("model=tiny", "gpu=cpu", device=CPU)
+    cell, kept = plan("model=tiny", "gpu=cpu", device=CPU), tmp_path / "record.json"
     seen: list[Cell] = []
 
     class Told:
@@ -665,6 +714,9 @@ def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPat
 
         def plain(self) -> dict[str, Any]:
             return {}
+
+        def file(self, folder: Path) -> Path:
+            return kept
 
         def begin(self, label: str) -> None: ...
 
@@ -681,8 +733,10 @@ def test_a_cell_runs_as_it_was_planned(plan: Plan, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("registry.run.run_cell", run_cell)
     here = types.SimpleNamespace(job=types.SimpleNamespace(num=0))
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: here)
-    sweep.job(OmegaConf.create({}))
+    assert sweep.job(OmegaConf.create({})) == {"record": {}, "tracking_error": ""}
     assert seen == [cell]
+    kept.touch()  # a record that is on disk is not kept in memory to the sweep's end
+    assert sweep.job(OmegaConf.create({})) == {"file": str(kept), "tracking_error": ""}
 
 
 def test_what_a_launcher_keeps_of_a_job_is_its_record_alone() -> None:
@@ -693,6 +747,16 @@ def test_what_a_launcher_keeps_of_a_job_is_its_record_alone() -> None:
     assert (given.cfg, given.hydra_cfg) == (None, None)
     given.status = JobStatus.COMPLETED
     assert given.return_value == {"record": {}}
+
+
+def test_a_record_that_is_spoilt_while_its_sweep_goes_on_is_named_and_costs_no_other(tmp_path: Path) -> None:
+    whole = made_up_record()
+    spoilt = tmp_path / "spoilt.json"
+    spoilt.touch()
+    ended = [{"file": str(records.write(whole, tmp_path))}, {"file": str(spoilt)}, {"record": whole.plain()}]
+    found, [problem] = sweep._records(ended)
+    assert found == [whole, whole]
+    assert problem.startswith(f"{spoilt}: ")
 
 
 def test_what_fails_outside_every_cell_ends_the_call_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
