@@ -9,6 +9,7 @@ from planning import CPU, H200, Plan, refused
 
 from backends.fused.body import FusedBackend
 from backends.fused.tiles import PRODUCTS, TABLE, Parts, Place, Table, Tile, table
+from backends.int4 import layout
 from registry.identity import source_digest
 from registry.outcome import Outcome
 from registry.testing import TINY, BackendContract
@@ -68,6 +69,121 @@ class TestFusedAroundLayers(TestFused):
     """A format's layers between the kernels that do what is left."""
 
     formats = ("nf4",)
+
+
+class Int4Kernels:
+    """What the compiled int4 kernels compute, in plain torch, on the tensors that they are given."""
+
+    @staticmethod
+    def product(x: Any, words: Any, scales: Any, bias: Any, warps: int, blocks: int) -> Any:
+        out = x.float() @ layout.weight(words, scales).T
+        return (out if bias is None else out + bias.float()).to(x.dtype)
+
+    @classmethod
+    def residual(cls, x: Any, words: Any, scales: Any, residual: Any, warps: int, blocks: int) -> None:
+        residual += cls.product(x.float(), words, scales, None, warps, blocks)
+
+    @classmethod
+    def normed(cls, x: Any, gain: Any, eps: float, words: Any, scales: Any, bias: Any) -> Any:
+        """`[streams, tiles, 2, 8]`: what meets in a tile."""
+        normed = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * gain.float()
+        return cls.product(normed.bfloat16().float(), words, scales, bias, 0, 0).unflatten(-1, (-1, 2, 8))
+
+    @classmethod
+    def swiglu(
+        cls, x: Any, gain: Any, eps: float, words: Any, scales: Any, out: Any, warps: int, blocks: int
+    ) -> None:
+        gate, up = cls.normed(x, gain, eps, words, scales, None).unbind(2)
+        out.copy_((gate * gate.sigmoid() * up).flatten(1))
+
+    @classmethod
+    def qkv(
+        cls,
+        x: Any,
+        gain: Any,
+        eps: float,
+        words: Any,
+        scales: Any,
+        bias: Any,
+        cos: Any,
+        sin: Any,
+        length: Any,
+        q: Any,
+        keys: Any,
+        values: Any,
+        warps: int,
+        blocks: int,
+    ) -> None:
+        row, half, kv = int(length) - 1, keys.shape[3] // 2, keys.shape[1]
+        found = cls.normed(x, gain, eps, words, scales, bias)
+        # [streams, heads, half] each
+        one, two = (found[:, :, member].flatten(1).unflatten(-1, (-1, half)) for member in (0, 1))
+        heads = one.shape[1] - kv
+        c, s = cos[row], sin[row]
+        turned = [(one * c - two * s)[:, :heads], (two * c + one * s)[:, :heads]]
+        q.copy_(torch_cat(turned)[:, : heads - kv].flatten(1))
+        keys[:, :, row] = torch_cat(turned)[:, heads - kv :].to(keys.dtype)
+        values[:, :, row] = torch_cat([one[:, heads:], two[:, heads:]]).to(values.dtype)
+
+
+def torch_cat(parts: list[Any]) -> Any:
+    import torch
+
+    return torch.cat(parts, -1)
+
+
+class Packs(Anywhere):
+    """The body with its int4 kernels, where they are not compiled."""
+
+    def packs(self) -> bool:
+        return True
+
+
+class TestFusedInt4(TestFused):
+    """Int4 weights with the rest of a block around their products."""
+
+    plugin = Packs
+    architecture = replace(SMALL, hidden=128, ffn=256)
+    formats = ("int4",)
+
+    @pytest.fixture(autouse=True)
+    def kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            monkeypatch.setattr("backends.int4.product.extension", Int4Kernels)
+
+    def test_linear_layers_are_the_formats(self, cache: str, quant: str) -> None:
+        """Layers that read the same activations were laid into one weight: the same weights in as many bytes."""
+        import torch
+
+        with self.serving(cache, quant) as backend:
+            int4, source, a = backend.setup.linear, backend.setup.weights, self.architecture
+            held, stored = dict(backend.dequantized()), 0
+            for path, (columns, rows) in a.linear_shapes.items():
+                name = f"model.layers.0.{path}"
+                plain = torch.nn.Linear(columns, rows, bias=False, dtype=self.torch_dtype(), device=self.place())
+                plain.weight = torch.nn.Parameter(
+                    source.tensor(f"{name}.weight", (rows, columns), *self.where()), False
+                )
+                layer = int4.convert(plain)
+                stored += sum(tensor.nbytes for tensor in int4.stored(layer))
+                assert torch.equal(held[f"{name}.weight"], int4.dequantize(layer)), name
+            found = {
+                name: tensor for name, tensor in backend.weights().items() if "words" in name or "scales" in name
+            }
+            alone = [tensor for name, tensor in backend.weights().items() if "o_proj" in name or "down_proj" in name]
+            assert sum(tensor.nbytes for tensor in [*found.values(), *alone]) == stored
+
+    def where(self) -> tuple[Any, str]:
+        return self.torch_dtype(), self.place()
+
+
+class TestFusedAroundInt4(TestFused):
+    """The same format's layers, called."""
+
+    architecture = replace(SMALL, hidden=128, ffn=256)
+    formats = ("int4",)
 
 
 LLAMA3 = {

@@ -120,6 +120,35 @@ def test_a_checkpoint_of_gptq_s_is_the_same_weight() -> None:
         assert torch.equal(int4.dequantize(int4.convert(layer)), int4.dequantize(module))
 
 
+def test_layers_that_share_a_weight_are_what_they_were() -> None:
+    import torch
+
+    from backends.int4.stacked import Part, gated, packed, turned
+
+    int4, heads, head_dim = Int4(GroupwiseOptions()), (3, 1, 1), 64
+    for order, rows in ((turned(5, 64), [count * head_dim for count in heads]), (gated(48), [48, 48])):
+        layers: list[Any] = [int4.convert(linear(count, 256)) for count in rows]
+        whole, start = packed(layers, order), 0
+        assert sorted(order.tolist()) == list(range(sum(rows)))
+        for layer, count in zip(layers, rows, strict=True):
+            part = Part(whole, start, layer)
+            start += count
+            assert torch.equal(int4.dequantize(part), int4.dequantize(layer))
+            assert torch.equal(int4.bias(part), layer.bias)
+            x = torch.randn(2, 256, dtype=torch.bfloat16)
+            assert torch.equal(part(x), layer(x))
+
+
+def test_what_meets_in_a_tile() -> None:
+    """Rows r and r + 8: the members of a rotary pair, half a head apart; a gate and its up."""
+    from backends.int4.stacked import gated, turned
+
+    for tile in turned(2, 64).reshape(-1, 2, 8).tolist():
+        assert [two - one for one, two in zip(*tile, strict=True)] == [32] * 8
+    for tile in gated(16).reshape(-1, 2, 8).tolist():
+        assert [two - one for one, two in zip(*tile, strict=True)] == [16] * 8
+
+
 @pytest.mark.parametrize("what", ["order", "zeros", "scales"])
 def test_a_checkpoint_that_it_does_not_follow_is_refused(what: str) -> None:
     import torch

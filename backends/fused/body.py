@@ -16,7 +16,7 @@ from registry.api import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -89,6 +89,7 @@ class FusedBackend(Backend):
 
         from backends.fused.step import Weights
         from backends.fused.tree import rotary, tree
+        from backends.int4.product import Int4Linear
 
         setup, a = self.setup, self.setup.architecture
         with torch.device("meta"):
@@ -100,11 +101,13 @@ class FusedBackend(Backend):
             self.model["lm_head"].weight = self.model["model"]["embed_tokens"].weight
         decoder = self.model["model"]
         self._stacked: dict[str, Tensor] = {}
-        plain = all(type(module) is torch.nn.Linear for module in self._converted.values())
-        made = self._multiplied if plain else _hosted
+        kinds = {type(module) for module in self._converted.values()}
+        made: Callable[[int, Any], Any] = _hosted
+        if kinds == {torch.nn.Linear}:
+            made, self._converted = self._multiplied, {}
+        elif kinds == {Int4Linear} and self.packs():
+            made = self._packed
         blocks = [made(index, block) for index, block in enumerate(decoder["layers"])]
-        if plain:
-            self._converted = {}
         self._rotation = rotary(a, capacity, setup.device)
         shape = (2, a.layers, setup.batch_size, a.kv_heads, capacity, a.head_dim)
         self._cache = torch.zeros(shape, dtype=setup.dtype, device=setup.device)
@@ -117,6 +120,10 @@ class FusedBackend(Backend):
             *self._rotation,
         )
         self.cut(self.tiles())
+
+    def packs(self) -> bool:
+        """Whether int4 weights go to kernels with the rest fused around them, which are CUDA C++."""
+        return self.setup.device == "cuda"
 
     def cut(self, tiles: Table) -> None:
         """Make the step with these tiles."""
@@ -148,6 +155,27 @@ class FusedBackend(Backend):
             gate_up=found["mlp", "weight"],
             down=block["mlp"]["down_proj"].weight,
         )
+
+    def _packed(self, index: int, block: Any) -> Any:
+        """A block of int4 layers: those that read the same activations become parts of one weight."""
+        from backends.fused.step import Int4
+        from backends.int4.stacked import Part, alone, gated, packed, turned
+
+        a, path = self.setup.architecture, f"model.layers.{index}"
+        orders = {"self_attn": turned(a.q_heads + 2 * a.kv_heads, a.head_dim), "mlp": gated(a.ffn)}
+        found = {}
+        for parent, names in TOGETHER.items():
+            layers = [block[parent][name] for name in names]
+            found[parent] = whole = packed(layers, orders[parent])
+            start = 0
+            for name, layer in zip(names, layers, strict=True):
+                block[parent][name] = self._converted[f"{path}.{parent}.{name}"] = Part(whole, start, layer)
+                start += a.linear_shapes[f"{parent}.{name}"][1]
+            held = {"words": whole.words, "scales": whole.scales, "bias": whole.bias}
+            stem = f"{path}.{parent}.{'+'.join(names)}"
+            self._stacked |= {f"{stem}.{leaf}": tensor for leaf, tensor in held.items() if tensor is not None}
+        out, down = alone(block["self_attn"]["o_proj"]), alone(block["mlp"]["down_proj"])
+        return Int4(found["self_attn"], out, found["mlp"], down)
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """See `Backend.prefill`."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from backends.fused.tiles import Table
+    from backends.int4.stacked import Packed
     from registry.api import Architecture
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,6 +44,23 @@ class Stacked:
     out: Tensor
     gate_up: Tensor
     down: Tensor
+
+
+@dataclass(frozen=True)
+class Int4:
+    """A block of int4 weights, which kernels of their own multiply with the same things fused around.
+
+    Attributes:
+        qkv: Members of rotary pairs meet in a tile.
+        out: As it is.
+        gate_up: Gate and up meet in a tile.
+        down: As it is.
+    """
+
+    qkv: Packed
+    out: Packed
+    gate_up: Packed
+    down: Packed
 
 
 @dataclass(frozen=True)
@@ -72,7 +90,7 @@ class Weights:
         sin: As `cos`.
     """
 
-    blocks: list[Stacked | Hosted]
+    blocks: list[Stacked | Int4 | Hosted]
     norms: list[tuple[Tensor, Tensor]]
     embedding: Tensor
     norm: Tensor
@@ -132,7 +150,9 @@ class Step:
         pending: Tensor | None = None  # a layer's output that has not joined the residual stream yet
         for index, (block, (before, after)) in enumerate(zip(w.blocks, w.norms, strict=True)):
             keys, values = self._keys[index], self._values[index]
-            if isinstance(block, Stacked):
+            if isinstance(block, Int4):
+                self._int4(block, before, after, keys, values)
+            elif isinstance(block, Stacked):
                 self._qkv(block, before, keys, values)
                 self._attend(self._q, keys, values)
                 self._residual("out", self._attended, block.out)
@@ -148,6 +168,18 @@ class Step:
         if pending is not None:
             self._norm(w.norm, pending)
         return self._head()
+
+    def _int4(self, block: Int4, before: Tensor, after: Tensor, keys: Tensor, values: Tensor) -> None:
+        from backends.int4.product import extension
+
+        kernel, w, eps = extension(), self._weights, self._a.rms_norm_eps
+        qkv, out, gate_up, down = block.qkv, block.out, block.gate_up, block.down
+        cached = (w.cos, w.sin, self.length, self._q, keys, values)
+        kernel.qkv(self._x, before, eps, qkv.words, qkv.scales, qkv.bias, *cached, *qkv.cut)
+        self._attend(self._q, keys, values)
+        kernel.residual(self._attended, out.words, out.scales, self._x, *out.cut)
+        kernel.swiglu(self._x, after, eps, gate_up.words, gate_up.scales, self._inner, *gate_up.cut)
+        kernel.residual(self._inner, down.words, down.scales, self._x, *down.cut)
 
     def _embed(self, token: Tensor) -> None:
         k = self._a.hidden

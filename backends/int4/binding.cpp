@@ -1,24 +1,108 @@
 // What Python calls: checks, then the launch on PyTorch's current stream.
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/extension.h>
 
-cudaError_t int4_launch(const void*, const void*, const void*, const void*, void*, int, int, int, int, int,
-                        cudaStream_t);
+#include "product.h"
+
+namespace {
+
+using Bias = std::optional<at::Tensor>;
+
+void check(const at::Tensor& tensor, at::ScalarType type) {
+    TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous() && tensor.scalar_type() == type);
+}
+
+Weight weight(const at::Tensor& words, const at::Tensor& scales, const Bias& bias, int64_t columns) {
+    check(words, at::kInt);
+    check(scales, at::kHalf);
+    TORCH_CHECK(words.size(1) * 128 == columns && scales.size(0) == words.size(0) && scales.size(1) == words.size(1));
+    if (bias) check(*bias, at::kBFloat16);
+    TORCH_CHECK(!bias || bias->numel() == words.size(0) * 16);
+    return {static_cast<const uint4*>(words.data_ptr()), static_cast<const __half2*>(scales.data_ptr()),
+            bias ? static_cast<const __nv_bfloat16*>(bias->data_ptr()) : nullptr};
+}
+
+Before plain(const at::Tensor& x) {
+    check(x, at::kBFloat16);
+    TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && x.size(0) <= 8);
+    return {x.data_ptr(), nullptr, 0, static_cast<int>(x.size(1)), static_cast<int>(x.size(0))};
+}
+
+Before normed(const at::Tensor& x, const at::Tensor& gain, double eps) {
+    check(x, at::kFloat);
+    check(gain, at::kBFloat16);
+    TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && x.size(0) <= 8 && gain.numel() == x.size(1));
+    return {x.data_ptr(), static_cast<const __nv_bfloat16*>(gain.data_ptr()), static_cast<float>(eps),
+            static_cast<int>(x.size(1)), static_cast<int>(x.size(0))};
+}
+
+Behind behind(Fused what, const at::Tensor& out, const at::Tensor& words) {
+    Behind made{};
+    made.what = what;
+    made.out = out.data_ptr();
+    made.rows = static_cast<int>(words.size(0) * 16);
+    return made;
+}
+
+void launch(const Before& before, const Weight& weight, const Behind& behind, int64_t warps, int64_t blocks) {
+    const auto failed = int4_launch(before, weight, behind, static_cast<int>(warps), static_cast<int>(blocks),
+                                    c10::cuda::getCurrentCUDAStream());
+    TORCH_CHECK(failed == cudaSuccess, cudaGetErrorString(failed));
+}
 
 // x: bf16 [streams, columns]; words and scales as backends/int4/layout.py packs them. Returns bf16 [streams, rows].
-at::Tensor product(const at::Tensor& x, const at::Tensor& words, const at::Tensor& scales,
-                   const std::optional<at::Tensor>& bias, int64_t warps, int64_t blocks) {
-    TORCH_CHECK(x.is_cuda() && x.is_contiguous() && x.dim() == 2 && x.scalar_type() == at::kBFloat16);
-    const int64_t streams = x.size(0), columns = x.size(1), rows = words.size(0) * 16;
-    TORCH_CHECK(streams >= 1 && streams <= 8 && words.size(1) * 128 == columns);
-    TORCH_CHECK(words.is_contiguous() && scales.is_contiguous() && scales.scalar_type() == at::kHalf);
-    TORCH_CHECK(!bias || (bias->is_contiguous() && bias->scalar_type() == at::kBFloat16 && bias->numel() == rows));
-    auto out = at::empty({streams, rows}, x.options());
-    const auto failed = int4_launch(x.data_ptr(), words.data_ptr(), scales.data_ptr(), bias ? bias->data_ptr() : nullptr,
-                                    out.data_ptr(), rows, columns, streams, warps, blocks,
-                                    at::cuda::getCurrentCUDAStream());
-    TORCH_CHECK(failed == cudaSuccess, cudaGetErrorString(failed));
+at::Tensor product(const at::Tensor& x, const at::Tensor& words, const at::Tensor& scales, const Bias& bias,
+                   int64_t warps, int64_t blocks) {
+    auto out = at::empty({x.size(0), words.size(0) * 16}, x.options());
+    launch(plain(x), weight(words, scales, bias, x.size(1)), behind(Fused::STORE, out, words), warps, blocks);
     return out;
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) { module.def("product", &product); }
+// residual: float32 [streams, rows], added to.
+void residual(const at::Tensor& x, const at::Tensor& words, const at::Tensor& scales, const at::Tensor& residual,
+              int64_t warps, int64_t blocks) {
+    check(residual, at::kFloat);
+    TORCH_CHECK(residual.size(0) == x.size(0) && residual.size(1) == words.size(0) * 16);
+    launch(plain(x), weight(words, scales, {}, x.size(1)), behind(Fused::RESIDUAL, residual, words), warps, blocks);
+}
+
+// x: float32 [streams, columns]; out: bf16 [streams, rows / 2].
+void swiglu(const at::Tensor& x, const at::Tensor& gain, double eps, const at::Tensor& words, const at::Tensor& scales,
+            const at::Tensor& out, int64_t warps, int64_t blocks) {
+    check(out, at::kBFloat16);
+    TORCH_CHECK(out.size(0) == x.size(0) && out.size(1) == words.size(0) * 8);
+    launch(normed(x, gain, eps), weight(words, scales, {}, x.size(1)), behind(Fused::SWIGLU, out, words), warps, blocks);
+}
+
+// x: float32 [streams, columns]; q: bf16 [streams, q_heads * head_dim]; cos and sin: float32 [capacity, head_dim / 2];
+// length: int32, 0-d; keys and values: bf16 [streams, kv_heads, capacity, head_dim].
+void qkv(const at::Tensor& x, const at::Tensor& gain, double eps, const at::Tensor& words, const at::Tensor& scales,
+         const Bias& bias, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& length, const at::Tensor& q,
+         const at::Tensor& keys, const at::Tensor& values, int64_t warps, int64_t blocks) {
+    for (const auto& tensor : {q, keys, values}) check(tensor, at::kBFloat16);
+    for (const auto& tensor : {cos, sin}) check(tensor, at::kFloat);
+    check(length, at::kInt);
+    auto made = behind(Fused::ROTARY, q, words);
+    made.kv_heads = static_cast<int>(keys.size(1));
+    made.capacity = static_cast<int>(keys.size(2));
+    made.head_dim = static_cast<int>(keys.size(3));
+    made.q_heads = static_cast<int>(q.size(1)) / made.head_dim;
+    TORCH_CHECK(made.rows == (made.q_heads + 2 * made.kv_heads) * made.head_dim && keys.sizes() == values.sizes());
+    TORCH_CHECK(q.size(0) == x.size(0) && keys.size(0) == x.size(0));
+    TORCH_CHECK(cos.size(0) >= made.capacity && cos.size(1) * 2 == made.head_dim && cos.sizes() == sin.sizes());
+    made.cos = cos.data_ptr<float>();
+    made.sin = sin.data_ptr<float>();
+    made.length = length.data_ptr<int>();
+    made.keys = static_cast<__nv_bfloat16*>(keys.data_ptr());
+    made.values = static_cast<__nv_bfloat16*>(values.data_ptr());
+    launch(normed(x, gain, eps), weight(words, scales, bias, x.size(1)), made, warps, blocks);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+    module.def("product", &product);
+    module.def("residual", &residual);
+    module.def("swiglu", &swiglu);
+    module.def("qkv", &qkv);
+}

@@ -78,3 +78,15 @@ def weight(words: Tensor, scales: Tensor) -> Tensor:
     """The weight that packed words and scales stand for, float32 `[rows, columns]`."""
     codes, scale = unpack(words).float() - MIDDLE, unpack_scales(scales).float()
     return (codes.reshape(*scale.shape, GROUP) * scale[..., None]).flatten(1)
+
+
+def paired(first: Tensor, second: Tensor) -> Tensor:
+    """The order of rows in which two of each eight meet in a tile: row r of it from `first`, r + 8 from `second`.
+
+    Args:
+        first: Indices of rows, int64, in multiples of 8.
+        second: As many.
+    """
+    import torch
+
+    return torch.stack([first.reshape(-1, 8), second.reshape(-1, 8)], 1).flatten()

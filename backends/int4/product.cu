@@ -1,4 +1,5 @@
-// One to eight rows of activations times an int4 weight, on tensor cores. The layout is backends/int4/layout.py's.
+// One to eight rows of activations times an int4 weight, on tensor cores, with what stands before and behind the
+// product fused around it. The layout is backends/int4/layout.py's.
 //
 // A block has W warps and serves tiles of 16 output features, one after the other; its warps share out a tile's groups
 // of 128 input features. Codes become bf16 by putting them behind the exponent of 128: 128 + code is exact, and what
@@ -8,7 +9,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cstdint>
+#include "product.h"
 
 namespace {
 
@@ -21,13 +22,12 @@ struct Codes {
     __half2 scales;  // of rows r and r + 8
 };
 
-__device__ __forceinline__ Codes load(const uint4* words, const __half2* scales, int tile, int groups, int group,
-                                      int lane) {
+__device__ __forceinline__ Codes load(const Weight& weight, int tile, int groups, int group, int lane) {
     const size_t at = static_cast<size_t>(tile) * groups + group;
     Codes found;
-    found.half[0] = __ldcs(words + (at * 2) * 32 + lane);
-    found.half[1] = __ldcs(words + (at * 2 + 1) * 32 + lane);
-    found.scales = scales[at * 8 + lane / 4];
+    found.half[0] = __ldcs(weight.words + (at * 2) * 32 + lane);
+    found.half[1] = __ldcs(weight.words + (at * 2 + 1) * 32 + lane);
+    found.scales = weight.scales[at * 8 + lane / 4];
     return found;
 }
 
@@ -67,46 +67,142 @@ __device__ __forceinline__ void add(float (&sums)[4], const Codes& codes, const 
     }
 }
 
+// A warp's sum, in every lane.
+__device__ __forceinline__ float across(float part) {
+#pragma unroll
+    for (int apart = 16; apart; apart /= 2) part += __shfl_xor_sync(~0u, part, apart);
+    return part;
+}
+
+// Activations as the product takes them: four of a stream.
+struct Plain {
+    static constexpr bool NORMED = false;
+    static __device__ __forceinline__ uint2 four(const Before& before, int stream, int column, float) {
+        const auto* x = static_cast<const __nv_bfloat16*>(before.x);
+        return *reinterpret_cast<const uint2*>(x + static_cast<size_t>(stream) * before.columns + column);
+    }
+};
+
+struct Normed {
+    static constexpr bool NORMED = true;
+    static __device__ __forceinline__ uint2 four(const Before& before, int stream, int column, float scale) {
+        const auto* x = static_cast<const float*>(before.x);
+        const float4 values = *reinterpret_cast<const float4*>(x + static_cast<size_t>(stream) * before.columns + column);
+        const uint2 gains = *reinterpret_cast<const uint2*>(before.gain + column);
+        const auto* gain = reinterpret_cast<const __nv_bfloat162*>(&gains);
+        const float2 a = __bfloat1622float2(gain[0]), b = __bfloat1622float2(gain[1]);
+        const __nv_bfloat162 first = __floats2bfloat162_rn(values.x * scale * a.x, values.y * scale * a.y);
+        const __nv_bfloat162 second = __floats2bfloat162_rn(values.z * scale * b.x, values.w * scale * b.y);
+        return make_uint2(*reinterpret_cast<const unsigned*>(&first), *reinterpret_cast<const unsigned*>(&second));
+    }
+};
+
 // Activations into shared memory, and the sum of each group's: `totals` is [8 streams][groups], 0 where no stream is.
-__device__ __forceinline__ void stage(__nv_bfloat16* x, float* totals, const __nv_bfloat16* given, int columns,
-                                      int groups, int streams) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    for (int one = warp; one < STREAMS * groups; one += warps) {
-        const int stream = one / groups, at = stream * columns + (one % groups) * GROUP + lane * 4;
+template <int W, class P>
+__device__ __forceinline__ void stage(__nv_bfloat16* x, float* totals, const Before& before) {
+    __shared__ float squares[P::NORMED ? STREAMS * W : 1];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = before.columns, groups = columns / GROUP;
+    if constexpr (P::NORMED) {
+        const auto* given = static_cast<const float*>(before.x);
+        for (int stream = 0; stream < before.streams; ++stream) {
+            float part = 0;
+            for (int column = threadIdx.x; column < columns; column += 32 * W) {
+                const float value = given[static_cast<size_t>(stream) * columns + column];
+                part += value * value;
+            }
+            part = across(part);
+            if (lane == 0) squares[stream * W + warp] = part;
+        }
+        __syncthreads();
+    }
+    for (int one = warp; one < STREAMS * groups; one += W) {
+        const int stream = one / groups, column = one % groups * GROUP + lane * 4;
         float total = 0;
-        if (stream < streams) {
-            const uint2 four = *reinterpret_cast<const uint2*>(given + at);
-            *reinterpret_cast<uint2*>(x + at) = four;
+        if (stream < before.streams) {
+            float scale = 1;
+            if constexpr (P::NORMED) {
+                float sum = 0;
+                for (int w = 0; w < W; ++w) sum += squares[stream * W + w];
+                scale = rsqrtf(sum / columns + before.eps);
+            }
+            const uint2 four = P::four(before, stream, column, scale);
+            *reinterpret_cast<uint2*>(x + stream * columns + column) = four;
             const auto* two = reinterpret_cast<const __nv_bfloat162*>(&four);
             const float2 a = __bfloat1622float2(two[0]), b = __bfloat1622float2(two[1]);
             total = (a.x + a.y) + (b.x + b.y);
         }
-#pragma unroll
-        for (int apart = 16; apart; apart /= 2) total += __shfl_xor_sync(~0u, total, apart);
+        total = across(total);
         if (lane == 0) totals[one] = total;
     }
 }
 
-template <int W>
-__global__ void __launch_bounds__(32 * W)
-    int4_product(const __nv_bfloat16* __restrict__ given, const uint4* __restrict__ words,
-                 const __half2* __restrict__ scales, const __nv_bfloat16* __restrict__ bias,
-                 __nv_bfloat16* __restrict__ out, int rows, int columns, int streams) {
+// What becomes of rows r and r + 8 of a tile, r = 0..7.
+struct Store {
+    static __device__ __forceinline__ void put(const Behind& behind, int tile, int r, int stream, float a, float b) {
+        auto* out = static_cast<__nv_bfloat16*>(behind.out) + static_cast<size_t>(stream) * behind.rows + tile * ROWS;
+        out[r] = __float2bfloat16(a);
+        out[r + 8] = __float2bfloat16(b);
+    }
+};
+
+struct Residual {
+    static __device__ __forceinline__ void put(const Behind& behind, int tile, int r, int stream, float a, float b) {
+        auto* out = static_cast<float*>(behind.out) + static_cast<size_t>(stream) * behind.rows + tile * ROWS;
+        out[r] += a;
+        out[r + 8] += b;
+    }
+};
+
+// Gate in rows 0..7, up in rows 8..15.
+struct Swiglu {
+    static __device__ __forceinline__ void put(const Behind& behind, int tile, int r, int stream, float a, float b) {
+        auto* out = static_cast<__nv_bfloat16*>(behind.out) + static_cast<size_t>(stream) * (behind.rows / 2);
+        out[tile * 8 + r] = __float2bfloat16(a / (1 + __expf(-a)) * b);
+    }
+};
+
+// The members of rotary pairs, half a head apart; k and v go to the last valid row of the cache.
+struct Rotary {
+    static __device__ __forceinline__ void put(const Behind& behind, int tile, int r, int stream, float a, float b) {
+        const int half = behind.head_dim / 2, head = tile / (half / 8), place = tile % (half / 8) * 8 + r;
+        const int row = *behind.length - 1, turned = behind.q_heads + behind.kv_heads;
+        if (head < turned) {
+            const float c = behind.cos[row * half + place], s = behind.sin[row * half + place], first = a;
+            a = first * c - b * s;
+            b = b * c + first * s;
+        }
+        __nv_bfloat16* out;
+        if (head < behind.q_heads) {
+            out = static_cast<__nv_bfloat16*>(behind.out) +
+                  (static_cast<size_t>(stream) * behind.q_heads + head) * behind.head_dim;
+        } else {
+            const int kv = (head - behind.q_heads) % behind.kv_heads;
+            const size_t at = (static_cast<size_t>(stream) * behind.kv_heads + kv) * behind.capacity + row;
+            out = (head < turned ? behind.keys : behind.values) + at * behind.head_dim;
+        }
+        out[place] = __float2bfloat16(a);
+        out[place + half] = __float2bfloat16(b);
+    }
+};
+
+template <int W, class P, class E>
+__global__ void __launch_bounds__(32 * W) int4_product(const Before before, const Weight weight, const Behind behind) {
     extern __shared__ __align__(16) unsigned char shared[];
-    const int groups = columns / GROUP, tiles = rows / ROWS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int columns = before.columns, groups = columns / GROUP, tiles = behind.rows / ROWS;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     auto* x = reinterpret_cast<__nv_bfloat16*>(shared);
-    auto* totals = reinterpret_cast<float*>(x + streams * columns);
+    auto* totals = reinterpret_cast<float*>(x + before.streams * columns);
     auto* found = totals + STREAMS * groups;  // [W][16][8]
 
     asm volatile("griddepcontrol.launch_dependents;");
     Codes codes[DEPTH];
     const auto fetch = [&](int tile, int group, Codes& into) {
-        if (tile < tiles && group < groups) into = load(words, scales, tile, groups, group, lane);
+        if (tile < tiles && group < groups) into = load(weight, tile, groups, group, lane);
     };
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) fetch(blockIdx.x, warp + d * W, codes[d]);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    stage(x, totals, given, columns, groups, streams);
+    stage<W, P>(x, totals, before);
     __syncthreads();
 
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -115,62 +211,76 @@ __global__ void __launch_bounds__(32 * W)
 #pragma unroll
             for (int d = 0; d < DEPTH; ++d) {
                 const int group = begin + d * W;
-                if (group < groups) add(sums, codes[d], x, totals, columns, groups, group, streams, lane);
+                if (group < groups) add(sums, codes[d], x, totals, columns, groups, group, before.streams, lane);
                 fetch(tile, group + DEPTH * W, codes[d]);
             }
         }
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) fetch(tile + gridDim.x, warp + d * W, codes[d]);  // under way while sums meet
-        *reinterpret_cast<float2*>(found + (warp * ROWS + lane / 4) * STREAMS + lane % 4 * 2) =
-            make_float2(sums[0], sums[1]);
-        *reinterpret_cast<float2*>(found + (warp * ROWS + lane / 4 + 8) * STREAMS + lane % 4 * 2) =
-            make_float2(sums[2], sums[3]);
+        auto* own = found + (warp * ROWS + lane / 4) * STREAMS + lane % 4 * 2;
+        *reinterpret_cast<float2*>(own) = make_float2(sums[0], sums[1]);
+        *reinterpret_cast<float2*>(own + 8 * STREAMS) = make_float2(sums[2], sums[3]);
         __syncthreads();
-        for (int one = threadIdx.x; one < ROWS * streams; one += 32 * W) {
-            const int row = one % ROWS, stream = one / ROWS, at = tile * ROWS + row;
-            float sum = bias ? __bfloat162float(bias[at]) : 0;
+        for (int one = threadIdx.x; one < 8 * before.streams; one += 32 * W) {
+            const int r = one % 8, stream = one / 8;
+            float a = 0, b = 0;
+            if (weight.bias) {
+                a = __bfloat162float(weight.bias[tile * ROWS + r]);
+                b = __bfloat162float(weight.bias[tile * ROWS + r + 8]);
+            }
 #pragma unroll
-            for (int w = 0; w < W; ++w) sum += found[(w * ROWS + row) * STREAMS + stream];
-            out[static_cast<size_t>(stream) * rows + at] = __float2bfloat16(sum);
+            for (int w = 0; w < W; ++w) {
+                a += found[(w * ROWS + r) * STREAMS + stream];
+                b += found[(w * ROWS + r + 8) * STREAMS + stream];
+            }
+            E::put(behind, tile, r, stream, a, b);
         }
         __syncthreads();
     }
 }
 
-template <int W>
-cudaError_t launch(const void* x, const void* words, const void* scales, const void* bias, void* out, int rows,
-                   int columns, int streams, int blocks, cudaStream_t stream) {
-    const size_t shared = sizeof(__nv_bfloat16) * streams * columns +
-                          sizeof(float) * (STREAMS * (columns / GROUP) + W * ROWS * STREAMS);
-    auto* kernel = int4_product<W>;
-    if (auto failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared)))
+template <int W, class P, class E>
+cudaError_t launch(const Before& before, const Weight& weight, const Behind& behind, int blocks, cudaStream_t stream) {
+    const size_t shared = sizeof(__nv_bfloat16) * before.streams * before.columns +
+                          sizeof(float) * (STREAMS * (before.columns / GROUP) + W * ROWS * STREAMS);
+    auto* kernel = int4_product<W, P, E>;
+    if (const auto failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(shared)))
         return failed;
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(min(blocks, rows / ROWS));
+    config.gridDim = dim3(min(blocks, behind.rows / ROWS));
     config.blockDim = dim3(32 * W);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = &early;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, static_cast<const __nv_bfloat16*>(x),
-                              static_cast<const uint4*>(words), static_cast<const __half2*>(scales),
-                              static_cast<const __nv_bfloat16*>(bias), static_cast<__nv_bfloat16*>(out), rows, columns,
-                              streams);
+    return cudaLaunchKernelEx(&config, kernel, before, weight, behind);
+}
+
+template <class P, class E>
+cudaError_t with(const Before& before, const Weight& weight, const Behind& behind, int warps, int blocks,
+                 cudaStream_t stream) {
+    switch (warps) {
+        case 4: return launch<4, P, E>(before, weight, behind, blocks, stream);
+        case 7: return launch<7, P, E>(before, weight, behind, blocks, stream);
+        case 8: return launch<8, P, E>(before, weight, behind, blocks, stream);
+        case 14: return launch<14, P, E>(before, weight, behind, blocks, stream);
+        default: return cudaErrorInvalidValue;
+    }
 }
 
 }  // namespace
 
-cudaError_t int4_launch(const void* x, const void* words, const void* scales, const void* bias, void* out, int rows,
-                        int columns, int streams, int warps, int blocks, cudaStream_t stream) {
-    switch (warps) {
-        case 4: return launch<4>(x, words, scales, bias, out, rows, columns, streams, blocks, stream);
-        case 7: return launch<7>(x, words, scales, bias, out, rows, columns, streams, blocks, stream);
-        case 8: return launch<8>(x, words, scales, bias, out, rows, columns, streams, blocks, stream);
-        case 14: return launch<14>(x, words, scales, bias, out, rows, columns, streams, blocks, stream);
+cudaError_t int4_launch(const Before& before, const Weight& weight, const Behind& behind, int warps, int blocks,
+                        cudaStream_t stream) {
+    switch (behind.what) {
+        case Fused::STORE: return with<Plain, Store>(before, weight, behind, warps, blocks, stream);
+        case Fused::RESIDUAL: return with<Plain, Residual>(before, weight, behind, warps, blocks, stream);
+        case Fused::SWIGLU: return with<Normed, Swiglu>(before, weight, behind, warps, blocks, stream);
+        case Fused::ROTARY: return with<Normed, Rotary>(before, weight, behind, warps, blocks, stream);
         default: return cudaErrorInvalidValue;
     }
 }

@@ -1,0 +1,114 @@
+"""Layers that share one packed weight, its rows in the order that a fused product wants: what meets is in a tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from backends.int4 import layout
+from backends.int4.product import WARPS, cut
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from backends.int4.product import Int4Linear
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight whose rows lie in an order of their own.
+
+    Attributes:
+        words: As `layout.pack` gives them.
+        scales: As `layout.pack_scales` gives them.
+        bias: `[rows]` in the order of the packed rows, or `None`.
+        order: int64 `[rows]`, which row stands where.
+        cut: Warps of a block and blocks of a launch.
+    """
+
+    words: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    order: Tensor
+    cut: tuple[int, int]
+
+    def weight(self) -> Tensor:
+        """The rows in their own order, float32 `[rows, columns]`."""
+        return self._sorted(layout.weight(self.words, self.scales))
+
+    def own_bias(self) -> Tensor | None:
+        """The bias in its own order."""
+        return None if self.bias is None else self._sorted(self.bias)
+
+    def _sorted(self, rows: Tensor) -> Tensor:
+        return torch.empty_like(rows).index_copy_(0, self.order, rows)
+
+
+def packed(layers: Sequence[Int4Linear], order: Tensor) -> Packed:
+    """Layers one below the other, in the order of `order`, int64 `[rows]`."""
+    order = order.to(layers[0].words.device)
+    codes = torch.cat([layout.unpack(layer.words) for layer in layers])[order]
+    scales = torch.cat([layout.unpack_scales(layer.scales) for layer in layers])[order]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    bias = torch.cat(biases)[order] if biases else None
+    return Packed(layout.pack(codes), layout.pack_scales(scales), bias, order, _cut(layers[0]))
+
+
+def alone(layer: Int4Linear) -> Packed:
+    """A layer as it is."""
+    order = torch.arange(layer.words.shape[0] * layout.ROWS)
+    return Packed(layer.words, layer.scales, layer.bias, order, _cut(layer))
+
+
+def _cut(layer: Int4Linear) -> tuple[int, int]:
+    words = layer.words
+    return cut(words.shape[1], str(words.device)) if words.is_cuda else (WARPS[-1], 1)
+
+
+class Part(torch.nn.Module):
+    """One of the layers, as a prompt is read with it: its weight is dequantised for the product.
+
+    Args:
+        whole: Has its rows.
+        start: Where they begin.
+        layer: As it was.
+    """
+
+    words: Tensor
+    scales: Tensor
+
+    def __init__(self, whole: Packed, start: int, layer: Int4Linear) -> None:
+        super().__init__()
+        self._whole, self._dtype = whole, layer.dtype
+        self._rows = slice(start, start + layer.words.shape[0] * layout.ROWS)
+        self.register_buffer("words", whole.words)
+        self.register_buffer("scales", whole.scales)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[rows]`."""
+        bias = self._whole.own_bias()
+        return None if bias is None else bias[self._rows]
+
+    def weight(self) -> Tensor:
+        """Dequantised, `[rows, columns]`."""
+        return self._whole.weight()[self._rows].to(self._dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., columns]` to `[..., rows]`."""
+        return torch.nn.functional.linear(x, self.weight(), self.bias)
+
+
+def turned(heads: int, head_dim: int) -> Tensor:
+    """The order of the rows of q, k and v, all heads of them: members of rotary pairs meet."""
+    half = torch.arange(heads)[:, None] * head_dim + torch.arange(head_dim // 2)
+    return layout.paired(half, half + head_dim // 2)
+
+
+def gated(ffn: int) -> Tensor:
+    """The order of the rows of gate and up: what is multiplied with each other meets."""
+    return layout.paired(torch.arange(ffn), torch.arange(ffn) + ffn)
