@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from registry.outcome import BadInput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from registry.plan import Cell
     from registry.schema import ClaimConfig
-
-OVER: dict[str, Callable[[list[float]], float]] = {"min": min, "median": median, "max": max}
-"""What a figure of the study may be over several cells."""
 
 
 def blocks(overrides: Sequence[Sequence[str]], cells: Sequence[Cell]) -> list[int]:

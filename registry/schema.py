@@ -8,13 +8,14 @@ plain objects that travel to the worker. Values live in `conf/`; what a value ma
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import typing
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 COMPILE_MODES = {"default": False, "reduce-overhead": True, "max-autotune": True, "max-autotune-no-cudagraphs": False}
 """torch.compile's modes -> whether one records CUDA graphs."""
@@ -149,6 +150,10 @@ class ClaimConfig:
     below_gbs: float | None = None
     where: dict[str, Any] = field(default_factory=dict)
     source: str = MISSING
+
+
+OVER: dict[str, Callable[[list[float]], float]] = {"min": min, "median": statistics.median, "max": max}
+"""What a figure of the study may be over several cells."""
 
 
 @dataclass

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_plus, urlsplit
 
 from registry.device_lock import ON_BUSY
-from registry.experiments import OVER
 from registry.outcome import BadInput, Outcome, nearest
 from registry.private import shared
 from registry.redact import redact
-from registry.schema import AUTO, COMPILE_MODES, GROUPS
+from registry.schema import AUTO, COMPILE_MODES, GROUPS, OVER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from registry.experiments import OVER
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import AGAIN, TPOT, cells
+from registry.schema import OVER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,13 +6,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from registry.experiments import OVER, matches, value_of
+from registry.experiments import matches, value_of
 from registry.report.batches import alone, latency, throughput
 from registry.report.cost import ladders, lever
 from registry.report.labels import named, varying
 from registry.report.observation import TPOT, cells
 from registry.report.paired import block
 from registry.report.variants import plain_eager, speedup
+from registry.schema import OVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
