@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from backends.hf_attention import Installed, install
-from registry.api import Backend, StepBytes, dequantized_tensors, held_tensors, materialize, streamed_bytes
+from registry.api import (
+    HEAD,
+    Backend,
+    StepBytes,
+    dequantized_tensors,
+    held_tensors,
+    materialize,
+    streamed_bytes,
+    tie,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -13,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 
 class HfBackend(Backend):
@@ -48,10 +56,10 @@ class HfBackend(Backend):
             linear=setup.linear,
             device=setup.device,
             dtype=setup.dtype,
-            tied=(HEAD,) if tied else (),
+            tied=(f"{HEAD}.weight",) if tied else (),
         )
         if tied:
-            model.lm_head.weight = model.model.embed_tokens.weight
+            self._converted |= tie(model, model.model.embed_tokens.weight, setup.linear)
         _fill_buffers(model, setup.device)
         self.model = model.eval()
         self._capacity = capacity
@@ -109,7 +117,7 @@ class HfBackend(Backend):
     def bytes_per_step(self, context: float) -> StepBytes:
         """See `Backend.bytes_per_step`."""
         a, held = self.setup.architecture, self.weights()
-        looked_up = None if a.tied_embeddings else held[EMBEDDING]
+        looked_up = None if a.tied_embeddings and HEAD not in self._converted else held[EMBEDDING]
         weights = streamed_bytes(held.values(), looked_up, self.setup.batch_size)
         keys = self.cache.layers[0].keys
         return StepBytes(weights, a.kv_bytes_per_token(keys.element_size()) * context * self.setup.batch_size)
@@ -118,7 +126,7 @@ class HfBackend(Backend):
         """See `Backend.weights`."""
         held = held_tensors(self.model, self._converted, self.setup.linear)
         if self.setup.architecture.tied_embeddings:
-            del held[HEAD]
+            held.pop(f"{HEAD}.weight", None)
         return held
 
     def dequantized(self) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from backends.quant.layouts import AwqLayout, GptqLayout, check_scales
 from registry.api import (
+    HEAD,
     Backend,
     BadInput,
     Requirement,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from registry.api import Request
 
 EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 AUTO = "auto"
 KERNELS = ("triton", "torch")
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
@@ -123,7 +123,7 @@ class LegacyBackend(Backend):
             linear=_Layers(self.layer),
             device=setup.device,
             dtype=torch.float16,
-            tied=(HEAD,) if tied else (),
+            tied=(f"{HEAD}.weight",) if tied else (),
         )
         if tied:
             model.lm_head.weight = model.model.embed_tokens.weight
@@ -257,6 +257,8 @@ class AutoGptqBackend(LegacyBackend):
 
 class _Layers:
     """What `materialize` asks of a format, answered by a package's layers."""
+
+    keeps = (HEAD,)
 
     def __init__(self, make: Any) -> None:
         self._make = make

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from registry.architecture import Architecture
 from registry.checkpoint import CheckpointFormat, Stored
-from registry.hosting import dequantized_tensors, held_tensors, materialize, streamed_bytes, tensor_bytes
+from registry.hosting import (
+    HEAD,
+    dequantized_tensors,
+    held_tensors,
+    materialize,
+    streamed_bytes,
+    tensor_bytes,
+    tie,
+)
 from registry.outcome import BadInput, Outcome, Refused, nearest, unsupported
 from registry.weights import FolderWeights, WeightSource
 
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = [
+    "HEAD",
     "Architecture",
     "AttentionKernel",
     "AttentionShape",
@@ -50,6 +59,7 @@ __all__ = [
     "nearest",
     "streamed_bytes",
     "tensor_bytes",
+    "tie",
     "unsupported",
 ]
 
@@ -210,6 +220,11 @@ class LinearFormat(Quant):
     @abstractmethod
     def dequantize(self, module: nn.Module) -> Tensor:
         """The weight that `module` multiplies with, `[out_features, in_features]`, in the model's dtype."""
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """Last parts of the names of linear layers that stay as they are: the head, unless a format wants it."""
+        return (HEAD,)
 
     def bias(self, module: nn.Module) -> Tensor | None:
         """What `module` adds, `[out_features]`, or `None`. The default is the module's attribute `bias`."""

@@ -16,14 +16,46 @@ if TYPE_CHECKING:
     from registry.weights import WeightSource
 
 
+HEAD = "lm_head"
+"""transformers' name of the layer that gives the logits."""
+
+
 class Converter(Protocol):
     """The half of a linear format that fills a model."""
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """See `registry.api.LinearFormat.keeps`."""
 
     def convert(self, linear: nn.Linear) -> nn.Module:
         """See `registry.api.LinearFormat.convert`."""
 
     def from_tensors(self, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> nn.Module:
         """See `registry.api.LinearFormat.from_tensors`."""
+
+
+def tie(model: nn.Module, embedding: Tensor, linear: Converter) -> dict[str, nn.Module]:
+    """Give a tied head the embedding, or a layer of its own where the format wants the head.
+
+    Args:
+        model: As `materialize` left it.
+        embedding: `[vocab, hidden]`.
+        linear: The format.
+
+    Returns:
+        The converted head by its name, or nothing.
+    """
+    import torch
+
+    head = model.get_submodule(HEAD)
+    if HEAD in linear.keeps:
+        head.weight = torch.nn.Parameter(embedding, requires_grad=False)
+        return {}
+    head.weight = torch.nn.Parameter(embedding.clone(), requires_grad=False)  # a format may change what it converts
+    assert isinstance(head, torch.nn.Linear)
+    converted = linear.convert(head)
+    model.set_submodule(HEAD, converted)
+    return {HEAD: converted}
 
 
 class Holder(Protocol):
@@ -46,7 +78,6 @@ def materialize(
     linear: Converter,
     device: str,
     dtype: Any,
-    keep: Collection[str] = ("lm_head",),
     tied: Collection[str] = (),
 ) -> dict[str, nn.Module]:
     """Give every meta parameter of `model` its tensor, and every linear layer its format.
@@ -57,8 +88,7 @@ def materialize(
         linear: The format for `nn.Linear` layers.
         device: Where the tensors go.
         dtype: What floating-point tensors become.
-        keep: Last name components of linear layers that stay as they are.
-        tied: Full names of parameters that another one stands for; the caller ties them afterwards.
+        tied: Full names of parameters that another one stands for; see `tie`.
 
     Returns:
         The converted layers, by name.
@@ -71,7 +101,8 @@ def materialize(
     converted = {}
     for name, module in list(model.named_modules()):
         prefix = f"{name}." if name else ""
-        hosted = isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] not in keep
+        kept = name.rpartition(".")[2] in linear.keeps or f"{prefix}weight" in tied
+        hosted = isinstance(module, torch.nn.Linear) and not kept
         stored = source.quantised(name, device) if hosted else {}
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta and prefix + leaf not in tied and not (stored and leaf == "weight"):

@@ -324,7 +324,7 @@ class ForgetsToAdvance(HfBackend):
 class ForgetsTheHead(HfBackend):
     def weights(self):
         held = dict(super().weights())
-        del held[HEAD]
+        del held[f"{HEAD}.weight"]
         return held
 
 

@@ -9,7 +9,9 @@ from planning import CPU, H200, Plan, refused
 
 from backends.fused.body import FusedBackend
 from backends.fused.tiles import PRODUCTS, TABLE, Parts, Place, Table, Tile, table
+from backends.hf import HfBackend
 from backends.int4 import layout
+from backends.quant.int4 import Int4
 from registry.identity import source_digest
 from registry.outcome import Outcome
 from registry.testing import TINY, BackendContract
@@ -95,6 +97,12 @@ class Int4Kernels:
     ) -> None:
         gate, up = cls.normed(x, gain, eps, words, scales, None).unbind(2)
         out.copy_((gate * gate.sigmoid() * up).flatten(1))
+
+    @classmethod
+    def logits(
+        cls, x: Any, gain: Any, eps: float, words: Any, scales: Any, out: Any, warps: int, blocks: int
+    ) -> None:
+        out.copy_(cls.normed(x, gain, eps, words, scales, None).flatten(1))
 
     @classmethod
     def qkv(
@@ -184,6 +192,35 @@ class TestFusedAroundInt4(TestFused):
 
     architecture = replace(SMALL, hidden=128, ffn=256)
     formats = ("int4",)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("body", [Packs, Anywhere, HfBackend])
+def test_a_head_of_four_bits(body: Any, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("backends.int4.product.extension", Int4Kernels)
+
+    class Suite(TestFusedAroundInt4):
+        plugin = body
+        architecture = replace(TestFusedInt4.architecture, tied_embeddings=tied)
+
+        def linear(self, quant: str) -> Any:
+            return Int4(Int4.Options(head_bits=4))
+
+    suite, a = Suite(), Suite.architecture
+    suite.test_steps_equal_a_full_forward("static", "int4", 1)
+    with suite.serving("static", "int4") as backend:
+        head = dict(backend.dequantized())["lm_head.weight"]
+        embedding = a.vocab * a.hidden * 2
+        packed = a.vocab * a.hidden // 2 + a.vocab * a.hidden // 128 * 2
+        blocks = sum(rows * columns // 2 + rows * columns // 64 for columns, rows in a.linear_shapes.values())
+        small = (a.q_heads + 2 * a.kv_heads) * a.head_dim * 2 + 3 * a.hidden * 2  # biases and norms
+        assert head.shape == (a.vocab, a.hidden)
+        assert backend.bytes_per_step(0.0).weights == blocks + packed + small + a.hidden * 2
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in backend.weights().values()}
+        assert sum(held.values()) == blocks + packed + small + embedding
 
 
 LLAMA3 = {

@@ -10,7 +10,6 @@ from planning import H200, Plan
 from backends.quant import groupwise
 from backends.quant.gptq import Gptq
 from backends.quant.int4 import Int4
-from backends.quant.layouts import GroupwiseOptions
 from registry.identity import source_digest
 from registry.outcome import BadInput, Outcome, Refused
 from registry.testing import LinearFormatContract
@@ -112,7 +111,7 @@ def linear(rows: int, columns: int) -> Any:
 def test_a_checkpoint_of_gptq_s_is_the_same_weight() -> None:
     import torch
 
-    gptq, int4, layer = Gptq(Gptq.Options()), Int4(GroupwiseOptions()), linear(64, 256)
+    gptq, int4, layer = Gptq(Gptq.Options()), Int4(Int4.Options()), linear(64, 256)
     stored = gptq.encode(layer.weight.data, "")
     with torch.inference_mode():
         module = int4.from_tensors(layer, stored)
@@ -125,7 +124,7 @@ def test_layers_that_share_a_weight_are_what_they_were() -> None:
 
     from backends.int4.stacked import Part, gated, packed, turned
 
-    int4, heads, head_dim = Int4(GroupwiseOptions()), (3, 1, 1), 64
+    int4, heads, head_dim = Int4(Int4.Options()), (3, 1, 1), 64
     for order, rows in ((turned(5, 64), [count * head_dim for count in heads]), (gated(48), [48, 48])):
         layers: list[Any] = [int4.convert(linear(count, 256)) for count in rows]
         whole, start = packed(layers, order), 0
@@ -153,7 +152,7 @@ def test_what_meets_in_a_tile() -> None:
 def test_a_checkpoint_that_it_does_not_follow_is_refused(what: str) -> None:
     import torch
 
-    gptq, int4, layer = Gptq(Gptq.Options()), Int4(GroupwiseOptions()), linear(64, 256)
+    gptq, int4, layer = Gptq(Gptq.Options()), Int4(Int4.Options()), linear(64, 256)
     stored = gptq.encode(layer.weight.data, "")
     if what == "order":
         stored["g_idx"] = stored["g_idx"].flip(0)
@@ -167,9 +166,9 @@ def test_a_checkpoint_that_it_does_not_follow_is_refused(what: str) -> None:
 
 @pytest.mark.parametrize("change", [{"sym": False}, {"desc_act": True}, {"group_size": 64}])
 def test_a_folder_of_another_kind_is_bad_input(change: dict[str, Any]) -> None:
-    Int4(GroupwiseOptions()).adopt(FILE)
+    Int4(Int4.Options()).adopt(FILE)
     with pytest.raises(BadInput, match="use quant=gptq"):
-        Int4(GroupwiseOptions()).adopt(FILE | change)
+        Int4(Int4.Options()).adopt(FILE | change)
 
 
 @pytest.mark.parametrize("model", ["qwen2.5-0.5b", "qwen2.5-7b", "mistral-7b-v0.3", "llama-3.1-8b"])
@@ -191,6 +190,11 @@ def test_groups_of_another_size_are_bad_input(plan: Plan) -> None:
         plan("quant=int4", "quant.options.group_size=64")
 
 
+def test_a_head_of_other_bits_is_bad_input(plan: Plan) -> None:
+    with pytest.raises(BadInput, match="head_bits=8"):
+        plan("quant=int4", "quant.options.head_bits=8")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "columns"), [(4608, 3584), (3584, 18944), (128, 896), (4096, 14336), (896, 4864)])
 @pytest.mark.parametrize("streams", [1, 3, 8])
@@ -200,7 +204,7 @@ def test_the_kernel_multiplies(rows: int, columns: int, streams: int) -> None:
 
     from backends.int4.product import WARPS, extension
 
-    int4 = Int4(GroupwiseOptions())
+    int4 = Int4(Int4.Options())
     layer = linear(rows, columns).cuda()
     with torch.inference_mode():
         module: Any = int4.convert(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from registry.api import (
+    HEAD,
     Backend,
     Requirement,
     StepBytes,
@@ -12,6 +13,7 @@ from registry.api import (
     held_tensors,
     materialize,
     streamed_bytes,
+    tie,
     unsupported,
 )
 
@@ -28,7 +30,6 @@ HEAD_DIMS = (64, 128)
 GROUPS = (1, 4, 7, 8)
 MOST_STREAMS = 4
 EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 """Layers of a block that read the same activations, and so are one product."""
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -94,11 +95,12 @@ class FusedBackend(Backend):
         setup, a = self.setup, self.setup.architecture
         with torch.device("meta"):
             self.model = tree(a)
-        tied = (HEAD,) if a.tied_embeddings else ()
+        tied = (f"{HEAD}.weight",) if a.tied_embeddings else ()
         filled = {"device": setup.device, "dtype": setup.dtype, "tied": tied}
         self._converted = materialize(self.model, setup.weights, linear=setup.linear, **filled)
         if tied:
-            self.model["lm_head"].weight = self.model["model"]["embed_tokens"].weight
+            embedding = self.model["model"]["embed_tokens"].weight
+            self._converted |= tie(self.model, embedding, setup.linear)
         decoder = self.model["model"]
         self._stacked: dict[str, Tensor] = {}
         kinds = {type(module) for module in self._converted.values()}
@@ -116,10 +118,20 @@ class FusedBackend(Backend):
             [tuple(block[name].weight for name in NORMS) for block in decoder["layers"]],
             decoder["embed_tokens"].weight,
             decoder["norm"].weight,
-            self.model["lm_head"].weight,
+            self._head(),
             *self._rotation,
         )
         self.cut(self.tiles())
+
+    def _head(self) -> Any:
+        """The head as the step has it: its weight, a packed one, or a format's layer."""
+        from backends.int4.product import Int4Linear
+        from backends.int4.stacked import alone
+
+        layer = self.model[HEAD]
+        if HEAD not in self._converted:
+            return layer.weight
+        return alone(layer) if isinstance(layer, Int4Linear) and self.packs() else layer
 
     def packs(self) -> bool:
         """Whether int4 weights go to kernels with the rest fused around them, which are CUDA C++."""
@@ -202,7 +214,7 @@ class FusedBackend(Backend):
     def bytes_per_step(self, context: float) -> StepBytes:
         """See `Backend.bytes_per_step`."""
         a, held = self.setup.architecture, self.weights()
-        looked_up = None if a.tied_embeddings else held[EMBEDDING]
+        looked_up = None if a.tied_embeddings and HEAD not in self._converted else held[EMBEDDING]
         weights = streamed_bytes(held.values(), looked_up, self.setup.batch_size)
         return StepBytes(weights, a.kv_bytes_per_token(self._cache.itemsize) * context * self.setup.batch_size)
 
@@ -211,7 +223,7 @@ class FusedBackend(Backend):
         parts = {tensor.untyped_storage().data_ptr() for tensor in self._stacked.values()}
         held = held_tensors(self.model, self._converted, self.setup.linear)
         if self.setup.architecture.tied_embeddings:
-            del held[HEAD]
+            held.pop(f"{HEAD}.weight", None)
         return self._stacked | {n: t for n, t in held.items() if t.untyped_storage().data_ptr() not in parts}
 
     def dequantized(self) -> Iterator[tuple[str, Tensor]]:

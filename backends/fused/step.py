@@ -85,7 +85,7 @@ class Weights:
         norms: The gains of each block's two norms, `[hidden]`.
         embedding: `[vocab, hidden]`.
         norm: The last norm's gain.
-        head: `[vocab, hidden]`; the embedding where it is tied.
+        head: `[vocab, hidden]`, the embedding where it is tied; a packed weight; or a format's layer.
         cos: float32 `[capacity, head_dim / 2]`.
         sin: As `cos`.
     """
@@ -94,7 +94,7 @@ class Weights:
     norms: list[tuple[Tensor, Tensor]]
     embedding: Tensor
     norm: Tensor
-    head: Tensor
+    head: Tensor | Packed | Callable[[Tensor], Tensor]
     cos: Tensor
     sin: Tensor
 
@@ -165,6 +165,8 @@ class Step:
                 self._attend(query, keys, values)
                 normed = self._norm(after, block.out(self._attended))
                 pending = block.down(self._silu(block.gate(normed), block.up(normed)))
+        if callable(w.head):
+            return w.head(self._norm(w.norm, pending)).float()
         if pending is not None:
             self._norm(w.norm, pending)
         return self._head()
@@ -223,10 +225,16 @@ class Step:
     def _head(self) -> Tensor:
         a, w = self._a, self._weights
         logits = torch.empty(self._streams, a.vocab, dtype=torch.float32, device=self._x.device)
-        fused_head[(a.vocab // self._tiles["head"].rows,)](
-            *(self._x, w.norm, w.head, logits, a.rms_norm_eps),
-            **({"N": a.vocab} | self._cut("head", a.hidden)),
-        )
+        if isinstance(w.head, torch.Tensor):
+            fused_head[(a.vocab // self._tiles["head"].rows,)](
+                *(self._x, w.norm, w.head, logits, a.rms_norm_eps),
+                **({"N": a.vocab} | self._cut("head", a.hidden)),
+            )
+        elif not callable(w.head):
+            from backends.int4.product import extension
+
+            packed = w.head
+            extension().logits(self._x, w.norm, a.rms_norm_eps, packed.words, packed.scales, logits, *packed.cut)
         return logits
 
     def _cut(self, product: str, columns: int) -> dict[str, Any]:

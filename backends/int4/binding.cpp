@@ -74,6 +74,14 @@ void swiglu(const at::Tensor& x, const at::Tensor& gain, double eps, const at::T
     launch(normed(x, gain, eps), weight(words, scales, {}, x.size(1)), behind(Fused::SWIGLU, out, words), warps, blocks);
 }
 
+// x: float32 [streams, columns]; out: float32 [streams, rows].
+void logits(const at::Tensor& x, const at::Tensor& gain, double eps, const at::Tensor& words, const at::Tensor& scales,
+            const at::Tensor& out, int64_t warps, int64_t blocks) {
+    check(out, at::kFloat);
+    TORCH_CHECK(out.size(0) == x.size(0) && out.size(1) == words.size(0) * 16);
+    launch(normed(x, gain, eps), weight(words, scales, {}, x.size(1)), behind(Fused::LOGITS, out, words), warps, blocks);
+}
+
 // x: float32 [streams, columns]; q: bf16 [streams, q_heads * head_dim]; cos and sin: float32 [capacity, head_dim / 2];
 // length: int32, 0-d; keys and values: bf16 [streams, kv_heads, capacity, head_dim].
 void qkv(const at::Tensor& x, const at::Tensor& gain, double eps, const at::Tensor& words, const at::Tensor& scales,
@@ -104,5 +112,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     module.def("product", &product);
     module.def("residual", &residual);
     module.def("swiglu", &swiglu);
+    module.def("logits", &logits);
     module.def("qkv", &qkv);
 }

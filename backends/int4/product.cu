@@ -153,6 +153,14 @@ struct Residual {
     }
 };
 
+struct Logits {
+    static __device__ __forceinline__ void put(const Behind& behind, int tile, int r, int stream, float a, float b) {
+        auto* out = static_cast<float*>(behind.out) + static_cast<size_t>(stream) * behind.rows + tile * ROWS;
+        out[r] = a;
+        out[r + 8] = b;
+    }
+};
+
 // Gate in rows 0..7, up in rows 8..15.
 struct Swiglu {
     static __device__ __forceinline__ void put(const Behind& behind, int tile, int r, int stream, float a, float b) {
@@ -280,6 +288,7 @@ cudaError_t int4_launch(const Before& before, const Weight& weight, const Behind
         case Fused::STORE: return with<Plain, Store>(before, weight, behind, warps, blocks, stream);
         case Fused::RESIDUAL: return with<Plain, Residual>(before, weight, behind, warps, blocks, stream);
         case Fused::SWIGLU: return with<Normed, Swiglu>(before, weight, behind, warps, blocks, stream);
+        case Fused::LOGITS: return with<Normed, Logits>(before, weight, behind, warps, blocks, stream);
         case Fused::ROTARY: return with<Normed, Rotary>(before, weight, behind, warps, blocks, stream);
         default: return cudaErrorInvalidValue;
     }

@@ -9,6 +9,7 @@ enum class Fused {
     STORE,     // bf16 activations; bf16 [streams][rows]
     RESIDUAL,  // bf16 activations; added to float [streams][rows]
     SWIGLU,    // float activations, normed; bf16 [streams][rows / 2], gate and up paired
+    LOGITS,    // float activations, normed; float [streams][rows]
     ROTARY,    // float activations, normed; q as bf16 [streams][q_heads * head_dim], k and v into the cache
 };
 

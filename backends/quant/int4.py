@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from backends.quant import groupwise
 from backends.quant.layouts import GptqLayout, GroupwiseOptions, check_scales, in_order
-from registry.api import BadInput, LinearFormat, unsupported
+from registry.api import BadInput, LinearFormat, nearest, unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,8 +15,20 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 GROUP = 128
+HEADS = (4, 16)
 ZERO = groupwise.MIDDLE - 1
 """What GPTQ's checkpoints store for the symmetric zero."""
+
+
+@dataclass(frozen=True)
+class Int4Options(GroupwiseOptions):
+    """Options of `Int4`.
+
+    Attributes:
+        head_bits: Of the LM head: 16 leaves it as it is, 4 rounds it as the other layers.
+    """
+
+    head_bits: int = 16
 
 
 class Int4(GptqLayout, LinearFormat):
@@ -26,12 +39,20 @@ class Int4(GptqLayout, LinearFormat):
 
     executions = ("eager", "cuda_graph")
     data = ("../int4/product.cu", "../int4/binding.cpp")
-    Options = GroupwiseOptions
+    Options = Int4Options
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """See `LinearFormat.keeps`."""
+        return () if self.options.head_bits == groupwise.BITS else super().keeps
 
     def fits(self, architecture: Any) -> None:
         """See `CheckpointFormat.fits`."""
         if self.group_size != GROUP:
             raise BadInput(f"quant.options.group_size={self.group_size}: int4's kernel has groups of {GROUP}")
+        if self.options.head_bits not in HEADS:
+            bits = self.options.head_bits
+            raise BadInput(f"quant.options.head_bits={bits}: {nearest(str(bits), map(str, HEADS))}")
         super().fits(architecture)
 
     def adopt(self, config: Mapping[str, Any]) -> None:

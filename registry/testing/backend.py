@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 
 from registry.api import (
+    HEAD,
     AttentionKernel,
     Backend,
     LinearFormat,
@@ -212,11 +213,14 @@ class BackendContract(Contract):
         import torch
         from transformers import AutoModelForCausalLM
 
+        weights = {name: tensor.float() for name, tensor in backend.dequantized()}
+        a = self.architecture  # a format may store a head of its own where the model ties it to the embedding
+        a = replace(a, tied_embeddings=a.tied_embeddings and f"{HEAD}.weight" not in weights)
         model = AutoModelForCausalLM.from_config(
-            self.architecture.transformers_config(), dtype=torch.float32, attn_implementation="eager"
+            a.transformers_config(), dtype=torch.float32, attn_implementation="eager"
         )
         model = model.to(tokens.device).eval()
-        model.load_state_dict({name: tensor.float() for name, tensor in backend.dequantized()}, strict=False)
+        model.load_state_dict(weights, strict=False)
         logits: Tensor = model(tokens).logits
         return logits
 
