@@ -414,7 +414,7 @@ def test_as_many_cells_as_a_sweep_may_have(composer: Composer) -> None:
         ("context=range(nan,1)", "a range has finite ends"),
         ("context=range(1,2,nan)", "a range has finite ends"),
         (f"model.weights={'[' * 2000}{']' * 2000}", "nested too deeply: model.weights=[[["),
-        (f"model.weights={'{a:' * 300}1{'}' * 300}", "nested too deeply: model.weights={a:"),
+        (f"model.weights={'{a:' * 3000}1{'}' * 3000}", "nested too deeply: model.weights={a:"),
         ("context=int(x)", "ValueError while evaluating 'int(x)': invalid literal"),
         ("context=sort(1,a,[2])", "TypeError while evaluating"),
     ],
