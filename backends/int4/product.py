@@ -43,7 +43,7 @@ class Int4Linear(torch.nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.dtype = dtype
-        self._cut = cut(words.shape[1], str(words.device)) if words.is_cuda else None
+        self.cut = cut(words.shape[1], str(words.device)) if words.is_cuda else None
 
     def weight(self) -> Tensor:
         """Dequantised, `[rows, columns]`."""
@@ -52,9 +52,9 @@ class Int4Linear(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., columns]` to `[..., rows]`."""
         rows = x.numel() // x.shape[-1]
-        if self._cut and rows <= MOST_ROWS and x.dtype == torch.bfloat16:
+        if self.cut and rows <= MOST_ROWS and x.dtype == torch.bfloat16:
             flat = x.reshape(rows, x.shape[-1]).contiguous()
-            out: Tensor = extension().product(flat, self.words, self.scales, self.bias, *self._cut)
+            out: Tensor = extension().product(flat, self.words, self.scales, self.bias, *self.cut)
             return out.view(*x.shape[:-1], -1)
         return torch.nn.functional.linear(x, self.weight(), self.bias)
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from backends.int4 import layout
-from backends.int4.product import WARPS, cut
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from backends.int4.product import Int4Linear
+
+
+NOWHERE = (0, 0)
+"""How a launch is cut where the kernel does not run."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,13 @@ def packed(layers: Sequence[Int4Linear], order: Tensor) -> Packed:
     scales = torch.cat([layout.unpack_scales(layer.scales) for layer in layers])[order]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     bias = torch.cat(biases)[order] if biases else None
-    return Packed(layout.pack(codes), layout.pack_scales(scales), bias, order, _cut(layers[0]))
+    return Packed(layout.pack(codes), layout.pack_scales(scales), bias, order, layers[0].cut or NOWHERE)
 
 
 def alone(layer: Int4Linear) -> Packed:
     """A layer as it is."""
     order = torch.arange(layer.words.shape[0] * layout.ROWS)
-    return Packed(layer.words, layer.scales, layer.bias, order, _cut(layer))
-
-
-def _cut(layer: Int4Linear) -> tuple[int, int]:
-    words = layer.words
-    return cut(words.shape[1], str(words.device)) if words.is_cuda else (WARPS[-1], 1)
+    return Packed(layer.words, layer.scales, layer.bias, order, layer.cut or NOWHERE)
 
 
 class Part(torch.nn.Module):
