@@ -8,10 +8,12 @@ import pytest
 from planning import CPU, H200, Plan, refused
 
 from backends.fused.body import FusedBackend
-from backends.fused.tiles import PRODUCTS, TABLE, Parts, Place, Table, Tile, table
+from backends.fused.tiles import PRODUCTS, TABLE, Parts, Tile, Tiles, table
 from backends.hf import HfBackend
 from backends.int4 import layout
+from backends.int4.launches import Arguments, Launches
 from backends.quant.int4 import Int4
+from backends.tiles import Place, Table
 from registry.identity import source_digest
 from registry.outcome import Outcome
 from registry.testing import TINY, BackendContract
@@ -23,8 +25,8 @@ pytestmark = [
 ]
 
 
-def row(product: str, **tile: int) -> dict[str, Any]:
-    return {"place": {"device": "any", "product": product}, "tile": tile}
+def row(product: str, **cut: int) -> dict[str, Any]:
+    return {"place": {"device": "any", "product": product}, "cut": cut}
 
 
 WIDE = [row(product, rows=64, columns=128, warps=4) for product in PRODUCTS if product != "qkv"]
@@ -37,8 +39,8 @@ class Anywhere(FusedBackend):
 
     devices = ("cpu", "cuda")
 
-    def tiles(self) -> Table:
-        return table() if self.setup.device == "cuda" else Table(WIDE)
+    def tiles(self) -> Tiles:
+        return table() if self.setup.device == "cuda" else Tiles(WIDE)
 
 
 class Poisoned(Anywhere):
@@ -73,42 +75,48 @@ class TestFusedAroundLayers(TestFused):
     formats = ("nf4",)
 
 
+UNIT = 2.0**24
+"""Sums of squares are counts of 1 / UNIT."""
+
+
 class Int4Kernels:
     """What the compiled int4 kernels compute, in plain torch, on the tensors that they are given."""
 
     @staticmethod
-    def product(x: Any, words: Any, scales: Any, bias: Any, warps: int, blocks: int) -> Any:
+    def product(x: Any, words: Any, scales: Any, bias: Any, *launch: int) -> Any:
         out = x.float() @ layout.weight(words, scales).T
         return (out if bias is None else out + bias.float()).to(x.dtype)
 
     @classmethod
-    def residual(cls, x: Any, words: Any, scales: Any, residual: Any, warps: int, blocks: int) -> None:
-        residual += cls.product(x.float(), words, scales, None, warps, blocks)
-
-    @classmethod
-    def normed(cls, x: Any, gain: Any, eps: float, words: Any, scales: Any, bias: Any) -> Any:
-        """`[streams, tiles, 2, 8]`: what meets in a tile."""
-        normed = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * gain.float()
-        return cls.product(normed.bfloat16().float(), words, scales, bias, 0, 0).unflatten(-1, (-1, 2, 8))
-
-    @classmethod
-    def swiglu(
-        cls, x: Any, gain: Any, eps: float, words: Any, scales: Any, out: Any, warps: int, blocks: int
+    def residual(
+        cls, x: Any, words: Any, scales: Any, residual: Any, gain: Any, scaled: Any, squares: Any, *launch: int
     ) -> None:
-        gate, up = cls.normed(x, gain, eps, words, scales, None).unbind(2)
+        residual += cls.product(x.float(), words, scales, None)
+        scaled.copy_(residual * gain.float())
+        squares[: len(x)] += (residual.square().sum(1) * UNIT).round().long()
+
+    @classmethod
+    def normed(cls, x: Any, squares: Any, eps: float, words: Any, scales: Any, bias: Any) -> Any:
+        """`[streams, tiles, 2, 8]`: what meets in a tile."""
+        out = cls.product(x.float(), words, scales, None)
+        if squares is not None:
+            out *= (squares[: len(x), None] / (UNIT * x.shape[1]) + eps).rsqrt()
+        return (out if bias is None else out + bias.float()).unflatten(-1, (-1, 2, 8))
+
+    @classmethod
+    def swiglu(cls, x: Any, squares: Any, eps: float, words: Any, scales: Any, out: Any, *launch: int) -> None:
+        gate, up = cls.normed(x, squares, eps, words, scales, None).unbind(2)
         out.copy_((gate * gate.sigmoid() * up).flatten(1))
 
     @classmethod
-    def logits(
-        cls, x: Any, gain: Any, eps: float, words: Any, scales: Any, out: Any, warps: int, blocks: int
-    ) -> None:
-        out.copy_(cls.normed(x, gain, eps, words, scales, None).flatten(1))
+    def logits(cls, x: Any, squares: Any, eps: float, words: Any, scales: Any, out: Any, *launch: int) -> None:
+        out.copy_(cls.normed(x, squares, eps, words, scales, None).flatten(1))
 
     @classmethod
     def qkv(
         cls,
         x: Any,
-        gain: Any,
+        squares: Any,
         eps: float,
         words: Any,
         scales: Any,
@@ -119,11 +127,10 @@ class Int4Kernels:
         q: Any,
         keys: Any,
         values: Any,
-        warps: int,
-        blocks: int,
+        *launch: int,
     ) -> None:
-        row, half, kv = int(length) - 1, keys.shape[3] // 2, keys.shape[1]
-        found = cls.normed(x, gain, eps, words, scales, bias)
+        row, half, kv = int(length), keys.shape[3] // 2, keys.shape[1]
+        found = cls.normed(x, squares, eps, words, scales, bias)
         # [streams, heads, half] each
         one, two = (found[:, :, member].flatten(1).unflatten(-1, (-1, half)) for member in (0, 1))
         heads = one.shape[1] - kv
@@ -145,6 +152,23 @@ class Packs(Anywhere):
 
     def packs(self) -> bool:
         return True
+
+    def launches(self) -> Launches:
+        return super().launches() if self.setup.device == "cuda" else Anyhow([])
+
+
+class Called(Anywhere):
+    """The body that calls int4's layers, wherever it is."""
+
+    def packs(self) -> bool:
+        return False
+
+
+class Anyhow(Launches):
+    """What is launched where nothing is."""
+
+    def launch(self, device: str, tiles: int, groups: int) -> Arguments:
+        return Arguments(0, 0, 0)
 
 
 class TestFusedInt4(TestFused):
@@ -190,12 +214,13 @@ class TestFusedInt4(TestFused):
 class TestFusedAroundInt4(TestFused):
     """The same format's layers, called."""
 
+    plugin = Called
     architecture = replace(SMALL, hidden=128, ffn=256)
     formats = ("int4",)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("body", [Packs, Anywhere, HfBackend])
+@pytest.mark.parametrize("body", [Packs, Called, HfBackend])
 def test_a_head_of_four_bits(body: Any, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -300,23 +325,23 @@ NEAR = Tile(2, 512, 4)
 
 
 def test_the_nearest_tile_holds() -> None:
-    known = Table([row(product, rows=8, columns=2048, warps=8) for product in PRODUCTS])
+    known = Tiles([row(product, rows=8, columns=2048, warps=8) for product in PRODUCTS])
     assert known.tile("a GPU", "out", 64, 4096, 64) == Tile(8, 2048, 8)
     known.set(Place("a GPU", "out"), Tile(4, 1024, 4))
     known.set(Place("a GPU", "out", 64, 4096), NEAR)
     assert known.tile("a GPU", "out", 64, 4096, 64) == NEAR
     assert known.tile("a GPU", "out", 64, 2048, 64) == Tile(4, 1024, 4)
     assert known.tile("another", "out", 64, 4096, 64) == Tile(8, 2048, 8)
-    assert Table(known.known()).tile("a GPU", "out", 64, 4096, 64) == NEAR
+    assert Tiles(known.known()).tile("a GPU", "out", 64, 4096, 64) == NEAR
 
 
 def test_a_tile_divides_the_rows_and_is_no_wider_than_they_are() -> None:
-    known = Table([row("out", rows=8, columns=2048, warps=8)])
+    known = Tiles([row("out", rows=8, columns=2048, warps=8)])
     assert known.tile("a GPU", "out", 40, 300, 20) == Tile(4, 512, 8)
 
 
 def test_every_part_of_a_cache_may_have_rows() -> None:
-    known = Table([row("attention", parts=33, rows=64, warps=4)])
+    known = Tiles([row("attention", parts=33, rows=64, warps=4)])
     assert known.parts("a GPU", 2083, 4) == Parts(33, 64, 4)
     assert known.parts("a GPU", 100, 4) == Parts(2, 64, 4)
 
@@ -325,6 +350,18 @@ def test_rfloor_s_own_table_has_a_tile_for_everything() -> None:
     for product in PRODUCTS:
         table().tile("no such GPU", product, 4096, 4096, 64)
     table().parts("no such GPU", 2083, 8)
+
+
+def test_a_table_is_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "tiles.yaml"
+    path.write_text("# What it is for.\n")
+    known = Tiles([row("out", rows=8, columns=2048, warps=8)])
+    known.set(Place("NVIDIA H200", "out", 64, 4096), Tile(4, 512, 2, ahead=True))
+    known.write(path)
+    assert path.read_text().startswith("# What it is for.\n- ")
+    assert Tiles.read(path).known() == known.known()
+    Table.read(path).write(path)
+    assert Tiles.read(path).tile("NVIDIA H200", "out", 64, 4096, 64) == Tile(4, 512, 2, ahead=True)
 
 
 def test_another_table_of_tiles_is_another_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

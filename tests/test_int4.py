@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from planning import H200, Plan
 
+from backends.int4.launches import Launch, Launches
 from backends.quant import groupwise
 from backends.quant.gptq import Gptq
 from backends.quant.int4 import Int4
+from backends.tiles import Place
 from registry.identity import source_digest
 from registry.outcome import BadInput, Outcome, Refused
 from registry.testing import LinearFormatContract
@@ -195,14 +197,18 @@ def test_a_head_of_other_bits_is_bad_input(plan: Plan) -> None:
         plan("quant=int4", "quant.options.head_bits=8")
 
 
+SHAPES = [(4608, 3584), (3584, 18944), (128, 896), (4096, 14336), (896, 4864)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "columns"), [(4608, 3584), (3584, 18944), (128, 896), (4096, 14336), (896, 4864)])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
 @pytest.mark.parametrize("streams", [1, 3, 8])
 def test_the_kernel_multiplies(rows: int, columns: int, streams: int) -> None:
-    """Every warp count and every stream against float32, its output poisoned beforehand."""
+    """However it is launched, against float32, its output poisoned beforehand."""
     import torch
 
-    from backends.int4.product import WARPS, extension
+    from backends.int4.launches import WARPS
+    from backends.int4.product import SHARED_BYTES, extension
 
     int4 = Int4(Int4.Options())
     layer = linear(rows, columns).cuda()
@@ -212,8 +218,41 @@ def test_the_kernel_multiplies(rows: int, columns: int, streams: int) -> None:
         want = x.float() @ int4.dequantize(module).float().T + layer.bias.float()
         poison = [torch.full_like(want, torch.nan, dtype=torch.bfloat16) for _ in range(64)]
         del poison  # what the kernel's output is allocated in
+
+        def close(out: torch.Tensor, what: str) -> None:
+            error = (out.float() - want).norm() / want.norm()
+            assert error < 0.005, what
+
+        close(module(x), "the layer")
+        if x.nbytes > SHARED_BYTES:
+            return
         for warps in WARPS:
-            for blocks in (1, 132, 4096):
-                out = extension().product(x, module.words, module.scales, module.bias, warps, blocks)
-                error = (out.float() - want).norm() / want.norm()
-                assert error < 0.005, f"{warps} warps, {blocks} blocks"
+            for blocks, ahead in ((1, 2), (132, 0), (132, 2), (4096, 0)):
+                out = extension().product(x, module.words, module.scales, module.bias, warps, blocks, ahead)
+                close(out, f"{warps} warps, {blocks} blocks, {ahead} tiles ahead")
+
+
+@pytest.mark.gpu
+def test_a_launch_that_fails_leaves_nothing_behind() -> None:
+    """More shared memory than there is: the error is told once, and not to whoever comes next."""
+    import torch
+
+    from backends.int4.product import extension
+
+    with torch.inference_mode():
+        module: Any = Int4(Int4.Options()).convert(linear(128, 18944).cuda())
+        x = torch.randn(8, 18944, device="cuda", dtype=torch.bfloat16)
+        with pytest.raises(RuntimeError, match="int4's kernel did not launch"):
+            extension().product(x, module.words, module.scales, module.bias, 4, 132, 0)
+        assert torch.ones(8, device="cuda").sum().item() == 8
+
+
+def test_a_launch_is_what_is_known_of_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.int4.launches._device", lambda _: ("a GPU", 132))
+    known = Launches([])
+    assert known.launch("cuda:0", 288, 28) == (14, 264, 0)
+    assert known.launch("cuda:0", 8, 7) == (7, 528, 0)
+    assert known.launch("cuda:0", 8, 5) == (4, 924, 0), "where no number of warps is nearly always full, the fewest"
+    known.set(Place("a GPU", "int4", 4608, 3584), Launch(7, 3, 2))
+    assert known.launch("cuda:0", 288, 28) == (7, 396, 2)
+    assert known.launch("cuda:0", 288, 56) == (14, 264, 0)

@@ -8,28 +8,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from backends.fused.products import begin, wait
+from backends.fused.products import begin, wait, whole
 
 
 @triton.jit
 def fused_embed(
-    token,  # int64 [streams]
+    token,  # int64 [B]
     table,  # [vocab, K]
-    length,  # int32 scalar, counted up: this token's row is the last valid one
-    x,  # float32 [streams, K]
+    gain,  # [K]: of the first norm
+    x,  # float32 [B, K]
+    scaled,  # [B, K]
+    squares,  # int64 [norms, stride]: the first norm's are written, the others' begin at 0
+    stride,
+    NORMS: tl.constexpr,
+    P: tl.constexpr,  # NORMS rounded up to a power of two
     K: tl.constexpr,
-    C: tl.constexpr,
+    C: tl.constexpr,  # K rounded up to a power of two
     PDL: tl.constexpr,
 ):
-    """The token's row of the embedding, and the cache grows by one. Grid: streams, blocks of C columns."""
+    """The token's row of the embedding, for the first norm. Grid: streams.
+
+    It is launched behind everything ahead, so what comes up early behind it may read what the step before it wrote.
+    """
     begin(PDL)
-    wait(PDL)
-    stream, columns = tl.program_id(0), tl.program_id(1) * C + tl.arange(0, C)
+    stream, columns = tl.program_id(0), tl.arange(0, C)
     row = tl.load(token + stream)
-    values = tl.load(table + row * K + columns, mask=columns < K, other=0.0)
-    tl.store(x + stream * K + columns, values.to(tl.float32), mask=columns < K)
-    if (stream == 0) & (tl.program_id(1) == 0):
-        tl.store(length, tl.load(length) + 1)
+    values = tl.load(table + row * K + columns, mask=columns < K, other=0.0).to(tl.float32)
+    gains = tl.load(gain + columns, mask=columns < K, other=0.0).to(tl.float32)
+    tl.store(x + stream * K + columns, values, mask=columns < K)
+    tl.store(scaled + stream * K + columns, (values * gains).to(scaled.dtype.element_ty), mask=columns < K)
+    norm = tl.arange(0, P)
+    counts = tl.where(norm == 0, whole(tl.sum(values * values, 0)), 0)
+    tl.store(squares + norm * stride + stream, counts, mask=norm < NORMS)
 
 
 @triton.jit
@@ -66,7 +76,7 @@ def fused_rotate(
     v,
     cos,  # float32 [capacity, D / 2]
     sin,
-    length,  # int32 scalar: rows of the cache, this token's included
+    length,  # int32 scalar: rows of the cache, without this token's
     keys,  # [streams, KV, capacity, D]
     values,
     capacity,
@@ -81,7 +91,7 @@ def fused_rotate(
     half: tl.constexpr = D // 2
     stream, head = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, half)
-    row = tl.load(length) - 1
+    row = tl.load(length)
     c, s = tl.load(cos + row * half + place), tl.load(sin + row * half + place)
     if head < Q:
         query = q + stream * (Q * D) + head * D + place

@@ -2,7 +2,8 @@
 
 The query heads that share a key head are the rows of one tile, padded to the sixteen that a tensor core takes, so
 keys and values are read once a group. The parts are of equal length whatever the cache holds, so every program has
-work.
+work. All rows but this token's are there before the step begins: a program's first tile of them is under way before
+it waits for the kernel ahead.
 """
 
 from __future__ import annotations
@@ -26,11 +27,19 @@ def dot(one, two, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def cached(rows, place, step, old, end, D: tl.constexpr):
+    """`[N, D]` of keys or values from before this step."""
+    row, column = place + step, tl.arange(0, D)
+    here = (row < end) & (row < old)
+    return tl.load(rows + row[:, None] * D + column[None, :], mask=here[:, None], other=0.0)
+
+
+@triton.jit
 def fused_attend(
     q,  # [streams, Q * D]
     keys,  # [streams, KV, capacity, D]
     values,
-    length,  # int32 scalar: valid rows of the cache
+    length,  # int32 scalar: rows of the cache, without this token's
     sums,  # float32 [streams, Q, PARTS, D]: unnormalised
     peaks,  # float32 [streams, Q, PARTS, 2]: the largest product times log2(e), and the sum of the exponentials
     capacity,
@@ -50,29 +59,33 @@ def fused_attend(
     head, column, step = tl.arange(0, HEADS), tl.arange(0, D), tl.arange(0, N)
     valid = head < group
     own = stream * Q + kv * group + head
-    cached = (stream * KV + kv).to(tl.int64) * capacity * D
+    place = (stream * KV + kv).to(tl.int64) * capacity * D
+    old = tl.load(length)
+    share = tl.cdiv(old + 1, PARTS)
+    start, end = part * share, tl.minimum(part * share + share, old + 1)
+    k = cached(keys + place, start, step, old, end, D)
+    v = cached(values + place, start, step, old, end, D)
     wait(PDL)
-    rows = tl.load(length)
-    share = tl.cdiv(rows, PARTS)
-    start, end = part * share, tl.minimum(part * share + share, rows)
+    new = place + old.to(tl.int64) * D + column
+    key, value = tl.load(keys + new), tl.load(values + new)
     query = tl.load(q + own[:, None] * D + column[None, :], mask=valid[:, None], other=0.0)
     peak = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     found = tl.zeros([HEADS, D], tl.float32)
     for at in range(start, end, N):
         row = at + step
-        here = row < end
-        place = cached + row[:, None] * D + column[None, :]
-        k = tl.load(keys + place, mask=here[:, None], other=0.0)
-        v = tl.load(values + place, mask=here[:, None], other=0.0)
+        latest = (row == old)[:, None]
+        k, v = tl.where(latest, key[None, :], k), tl.where(latest, value[None, :], v)
         products = dot(query, tl.trans(k), INTERPRETED) * (scale * LOG2E)
-        products = tl.where(here[None, :], products, float("-inf"))
+        products = tl.where((row < end)[None, :], products, float("-inf"))
         higher = tl.maximum(peak, tl.max(products, 1))
         weights = tl.exp2(products - higher[:, None])
         shrunk = tl.exp2(peak - higher)
         total = total * shrunk + tl.sum(weights, 1)
         found = found * shrunk[:, None] + dot(weights.to(v.dtype), v, INTERPRETED)
         peak = higher
+        k = cached(keys + place, at + N, step, old, end, D)
+        v = cached(values + place, at + N, step, old, end, D)
     at = own * PARTS + part
     tl.store(sums + at[:, None] * D + column[None, :], found, mask=valid[:, None])
     tl.store(peaks + at * 2, peak, mask=valid)
@@ -84,9 +97,11 @@ def fused_combine(
     sums,  # float32 [streams, Q, PARTS, D]
     peaks,  # float32 [streams, Q, PARTS, 2]
     out,  # [streams, Q * D]
+    length,  # int32 scalar, counted up where LAST: no kernel of the step reads it later
     D: tl.constexpr,
     PARTS: tl.constexpr,
     P: tl.constexpr,  # PARTS rounded up to a power of two
+    LAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The parts' results weighed by their exponentials. Grid: streams times query heads."""
@@ -95,6 +110,8 @@ def fused_combine(
     at = tl.program_id(0) * PARTS + part
     here = part < PARTS
     wait(PDL)
+    if LAST:
+        tl.store(length, tl.load(length) + 1, mask=tl.program_id(0) == 0)
     peak = tl.load(peaks + at * 2, mask=here, other=float("-inf"))
     total = tl.load(peaks + at * 2 + 1, mask=here, other=0.0)
     found = tl.load(sums + at[:, None] * D + column[None, :], mask=here[:, None], other=0.0)

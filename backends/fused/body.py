@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from backends.fused.tiles import Table
+    from backends.fused.tiles import Tiles
+    from backends.int4.launches import Launches
     from registry.api import Request
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -121,7 +122,7 @@ class FusedBackend(Backend):
             self._head(),
             *self._rotation,
         )
-        self.cut(self.tiles())
+        self.cut(self.tiles(), self.launches())
 
     def _head(self) -> Any:
         """The head as the step has it: its weight, a packed one, or a format's layer."""
@@ -134,17 +135,27 @@ class FusedBackend(Backend):
         return alone(layer) if isinstance(layer, Int4Linear) and self.packs() else layer
 
     def packs(self) -> bool:
-        """Whether int4 weights go to kernels with the rest fused around them, which are CUDA C++."""
-        return self.setup.device == "cuda"
+        """Whether int4 weights go to kernels with the rest fused around them: CUDA C++, with shared memory for it."""
+        from backends.int4.product import SHARED_BYTES
 
-    def cut(self, tiles: Table) -> None:
-        """Make the step with these tiles."""
+        a = self.setup.architecture
+        widest = max(columns for columns, _ in a.linear_shapes.values())
+        return self.setup.device == "cuda" and 2 * self.setup.batch_size * widest <= SHARED_BYTES
+
+    def cut(self, tiles: Tiles, launches: Launches) -> None:
+        """Make the step with these tiles, its int4 products launched so."""
         from backends.fused.step import Step
 
         keys, values = self._cache
-        self.step = Step(self.setup.architecture, self._weights, keys, values, tiles)
+        self.step = Step(self.setup.architecture, self._weights, keys, values, tiles, launches)
 
-    def tiles(self) -> Table:
+    def launches(self) -> Launches:
+        """How the int4 kernel is launched."""
+        from backends.int4.launches import table
+
+        return table()
+
+    def tiles(self) -> Tiles:
         """How the kernels cut their work."""
         from backends.fused.tiles import table
 
@@ -170,7 +181,7 @@ class FusedBackend(Backend):
 
     def _packed(self, index: int, block: Any) -> Any:
         """A block of int4 layers: those that read the same activations become parts of one weight."""
-        from backends.fused.step import Int4
+        from backends.fused.step import Stacked
         from backends.int4.stacked import Part, alone, gated, packed, turned
 
         a, path = self.setup.architecture, f"model.layers.{index}"
@@ -187,7 +198,7 @@ class FusedBackend(Backend):
             stem = f"{path}.{parent}.{'+'.join(names)}"
             self._stacked |= {f"{stem}.{leaf}": tensor for leaf, tensor in held.items() if tensor is not None}
         out, down = alone(block["self_attn"]["o_proj"]), alone(block["mlp"]["down_proj"])
-        return Int4(found["self_attn"], out, found["mlp"], down)
+        return Stacked(found["self_attn"], None, out, found["mlp"], down)
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """See `Backend.prefill`."""

@@ -2,8 +2,12 @@
 
 A program multiplies a few rows of a weight with the activations of every stream. It loads its first tile before it
 waits for the kernel ahead (programmatic dependent launch), and each further tile one ahead of its use: what bounds a
-step is how many bytes are under way. Sums are float32; a norm's scale is applied behind the product, so that the
-activations are read once.
+step is how many bytes are under way.
+
+The residual stream is float32. Whoever adds to it leaves what the next norm's product reads: the row times that
+norm's gain, rounded (`scaled`), and the sum of its squares. So a product behind a norm reads two bytes an element and
+multiplies its sums by the norm's scale. The squares are summed as whole numbers (`UNIT`): the order in which programs
+come does not show.
 
 Shapes: activations `[B, K]` of B streams, weights `[rows, K]`, K contiguous. A program has R rows, or R pairs of
 rows, of C columns at a time. Activations are loaded as `[C]`, a stream at a time, and what a thread has of them meets
@@ -15,6 +19,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+UNIT: tl.constexpr = tl.constexpr(2.0**24)
+"""Sums of squares are int64 counts of 1 / UNIT: 6e-8 apart, up to 5e11."""
+LINE: tl.constexpr = tl.constexpr(64)
+"""bf16 numbers of a cache line."""
 
 
 @triton.jit
@@ -37,6 +46,27 @@ def tile(weight, rows, start, K: tl.constexpr, C: tl.constexpr):
     columns = start + tl.arange(0, C)
     at = rows[:, None].to(tl.int64) * K + columns[None, :]
     return tl.load(weight + at, mask=columns[None, :] < K, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def ask(weight, rows, K: tl.constexpr, LINES: tl.constexpr):
+    """Have a program's rows come into L2. LINES is the lines of a row, rounded up to a power of two."""
+    line = tl.arange(0, LINES)
+    at = weight + (rows[:, None].to(tl.int64) * K + tl.minimum(line * LINE, K - 1)[None, :])
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def first_tile(weight, rows, K: tl.constexpr, C: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):
+    """`[rows, C]` of a weight, asked for before the wait for the kernels ahead; LINES is as for `ask`, or 0."""
+    begin(PDL)
+    weights = tile(weight, rows, 0, K, C)
+    if LINES:
+        ask(weight, rows, K, LINES)
+    wait(PDL)
+    return weights
 
 
 @triton.jit
@@ -63,30 +93,15 @@ def product(first, x, weight, rows, B: tl.constexpr, K: tl.constexpr, C: tl.cons
 
 
 @triton.jit
-def normed_product(first, x, gain, weight, rows, eps, B: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
-    """`rmsnorm(x) @ weight[rows].T` in float32, `[rows]` for each stream; the tile `first` is already here."""
-    sums, squares = (), ()
-    for _ in tl.static_range(B):
-        sums = sums + (tl.zeros(first.shape, tl.float32),)
-        squares = squares + (tl.zeros([C], tl.float32),)
-    weights = first
-    for start in range(0, K, C):
-        following = tile(weight, rows, start + C, K, C)
-        columns = start + tl.arange(0, C)
-        gains = tl.load(gain + columns, mask=columns < K, other=0.0).to(tl.float32)
-        wide = weights.to(tl.float32)
-        grown, seen = (), ()
-        for stream in tl.static_range(B):
-            values = tl.load(x + stream * K + columns, mask=columns < K, other=0.0)
-            seen = seen + (squares[stream] + values * values,)
-            grown = grown + (sums[stream] + (values * gains)[None, :] * wide,)
-        sums, squares = grown, seen
-        weights = following
-    found = ()
-    for stream in tl.static_range(B):
-        scale = tl.rsqrt(tl.sum(squares[stream], 0) / K + eps)
-        found = found + (tl.sum(sums[stream], 1) * scale,)
-    return found
+def whole(number):
+    """A float32 sum of squares as a count of units, to the nearest."""
+    return (number * UNIT + 0.5).to(tl.int64)
+
+
+@triton.jit
+def norm_scale(squares, stream, eps, K: tl.constexpr):
+    """What a stream's product behind a norm is to be multiplied by."""
+    return tl.rsqrt(tl.load(squares + stream).to(tl.float32) * (1 / (UNIT * K)) + eps)
 
 
 @triton.jit
@@ -97,13 +112,13 @@ def halves(both, R: tl.constexpr):
 
 @triton.jit
 def fused_qkv(
-    x,  # float32 [B, K]
-    gain,  # [K]
+    scaled,  # [B, K]
+    squares,  # int64 [B]
     weight,  # [(Q + 2 KV) * D, K]: q, k and v stacked
     bias,  # [(Q + 2 KV) * D], or anything where BIASED is not set
     cos,  # float32 [capacity, D / 2]
     sin,
-    length,  # int32 scalar: rows of the cache, this token's included
+    length,  # int32 scalar: rows of the cache, without this token's
     q,  # [B, Q * D]
     keys,  # [B, KV, capacity, D]
     values,
@@ -117,28 +132,27 @@ def fused_qkv(
     K: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Norm, the three projections, their biases, rotary positions; k and v go to this token's row of the cache.
+    """The three projections, their biases, rotary positions; k and v go to this token's row of the cache.
 
     A program has R pairs of rows of one head: rotary positions turn the members of a pair, half a head apart.
     """
-    begin(PDL)
     half: tl.constexpr = D // 2
     pair = tl.program_id(0) * R
     head = pair // half
     place = pair % half + tl.arange(0, R)  # in the first half of the head
     member = tl.arange(0, 2 * R)
     rows = head * D + pair % half + member % R + (member // R) * half
-    first = tile(weight, rows, 0, K, C)
-    wait(PDL)
-    found = normed_product(first, x, gain, weight, rows, eps, B, K, C)
-    row = tl.load(length) - 1
+    first = first_tile(weight, rows, K, C, LINES, PDL)
+    found = product(first, scaled, weight, rows, B, K, C)
+    row = tl.load(length)
     turned = head < Q + KV
     c = tl.load(cos + row * half + place, mask=turned, other=1.0)
     s = tl.load(sin + row * half + place, mask=turned, other=0.0)
     for stream in tl.static_range(B):
-        both = found[stream]
+        both = found[stream] * norm_scale(squares, stream, eps, K)
         if BIASED:
             both += tl.load(bias + rows).to(tl.float32)
         one, two = halves(both, R)
@@ -154,8 +168,8 @@ def fused_qkv(
 
 @triton.jit
 def fused_swiglu(
-    x,  # float32 [B, K]
-    gain,  # [K]
+    scaled,  # [B, K]
+    squares,  # int64 [B]
     weight,  # [2 F, K]: gate and up stacked
     out,  # [B, F]
     eps,
@@ -164,18 +178,17 @@ def fused_swiglu(
     K: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Norm, gate and up projection, `silu(gate) * up`. A program has R rows of each."""
-    begin(PDL)
+    """Gate and up projection, `silu(gate) * up`. A program has R rows of each."""
     member = tl.arange(0, 2 * R)
     rows = tl.program_id(0) * R + member % R + (member // R) * F
-    first = tile(weight, rows, 0, K, C)
-    wait(PDL)
-    found = normed_product(first, x, gain, weight, rows, eps, B, K, C)
+    first = first_tile(weight, rows, K, C, LINES, PDL)
+    found = product(first, scaled, weight, rows, B, K, C)
     at = tl.program_id(0) * R + tl.arange(0, R)
     for stream in tl.static_range(B):
-        gate, up = halves(found[stream], R)
+        gate, up = halves(found[stream] * norm_scale(squares, stream, eps, K), R)
         tl.store(out + stream * F + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty))
 
 
@@ -184,43 +197,52 @@ def fused_residual(
     x,  # float32 [B, N]: added to
     inner,  # [B, K]
     weight,  # [N, K]
+    gain,  # [N]: of the next norm
+    scaled,  # [B, N]
+    squares,  # int64 [B]: added to
     N: tl.constexpr,
     B: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A projection back into the residual stream. A program alone owns its R elements of it."""
-    begin(PDL)
+    """A projection back into the residual stream, for the next norm. A program alone owns its R elements of it."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    first = tile(weight, rows, 0, K, C)
-    wait(PDL)
+    gains = tl.load(gain + rows).to(tl.float32)
+    first = first_tile(weight, rows, K, C, LINES, PDL)
     found = product(first, inner, weight, rows, B, K, C)
     for stream in tl.static_range(B):
-        at = x + stream * N + rows
-        tl.store(at, tl.load(at) + found[stream])
+        at = stream * N + rows
+        sums = tl.load(x + at) + found[stream]
+        tl.store(x + at, sums)
+        tl.store(scaled + at, (sums * gains).to(scaled.dtype.element_ty))
+        tl.atomic_add(squares + stream, whole(tl.sum(sums * sums, 0)), sem="relaxed")
 
 
 @triton.jit
 def fused_head(
-    x,  # float32 [B, K]
-    gain,  # [K]
+    scaled,  # [B, K]
+    squares,  # int64 [B], or anything where NORMED is set
     weight,  # [N, K]
     logits,  # float32 [B, N]
     eps,
+    NORMED: tl.constexpr,
     N: tl.constexpr,
     B: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Final norm and LM head."""
-    begin(PDL)
+    """LM head on what the last norm's product reads, or on what is NORMED already."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    first = tile(weight, rows, 0, K, C)
-    wait(PDL)
-    found = normed_product(first, x, gain, weight, rows, eps, B, K, C)
+    first = first_tile(weight, rows, K, C, LINES, PDL)
+    found = product(first, scaled, weight, rows, B, K, C)
     for stream in tl.static_range(B):
-        tl.store(logits + stream * N + rows, found[stream])
+        logit = found[stream]
+        if not NORMED:
+            logit *= norm_scale(squares, stream, eps, K)
+        tl.store(logits + stream * N + rows, logit)

@@ -11,15 +11,16 @@ import triton
 
 from backends.fused.around import fused_embed, fused_norm, fused_rotate, fused_silu
 from backends.fused.attention import fused_attend, fused_combine
-from backends.fused.products import fused_head, fused_qkv, fused_residual, fused_swiglu
+from backends.fused.products import LINE, fused_head, fused_qkv, fused_residual, fused_swiglu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from backends.fused.tiles import Table
-    from backends.int4.stacked import Packed
+    from backends.fused.tiles import Tiles
+    from backends.int4.launches import Launches
+    from backends.int4.stacked import Stored
     from registry.api import Architecture
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,38 +30,21 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Stacked:
-    """A block whose weights the step multiplies itself.
+    """A block whose weights the step multiplies itself: bf16 ones by Triton's kernels, int4 ones by CUDA C++.
 
     Attributes:
-        qkv: `[(q_heads + 2 kv_heads) * head_dim, hidden]`.
-        bias: Of `qkv`, or `None`.
+        qkv: `[(q_heads + 2 kv_heads) * head_dim, hidden]`; int4: members of rotary pairs meet in a tile.
+        bias: Of `qkv`, or `None`; an int4 weight has its own.
         out: `[hidden, q_heads * head_dim]`.
-        gate_up: `[2 ffn, hidden]`.
+        gate_up: `[2 ffn, hidden]`; int4: gate and up meet in a tile.
         down: `[hidden, ffn]`.
     """
 
-    qkv: Tensor
+    qkv: Tensor | Stored
     bias: Tensor | None
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
-
-
-@dataclass(frozen=True)
-class Int4:
-    """A block of int4 weights, which kernels of their own multiply with the same things fused around.
-
-    Attributes:
-        qkv: Members of rotary pairs meet in a tile.
-        out: As it is.
-        gate_up: Gate and up meet in a tile.
-        down: As it is.
-    """
-
-    qkv: Packed
-    out: Packed
-    gate_up: Packed
-    down: Packed
+    out: Tensor | Stored
+    gate_up: Tensor | Stored
+    down: Tensor | Stored
 
 
 @dataclass(frozen=True)
@@ -85,16 +69,16 @@ class Weights:
         norms: The gains of each block's two norms, `[hidden]`.
         embedding: `[vocab, hidden]`.
         norm: The last norm's gain.
-        head: `[vocab, hidden]`, the embedding where it is tied; a packed weight; or a format's layer.
+        head: `[vocab, hidden]`, the embedding where it is tied; an int4 weight; or a format's layer.
         cos: float32 `[capacity, head_dim / 2]`.
         sin: As `cos`.
     """
 
-    blocks: list[Stacked | Int4 | Hosted]
+    blocks: list[Stacked | Hosted]
     norms: list[tuple[Tensor, Tensor]]
     embedding: Tensor
     norm: Tensor
-    head: Tensor | Packed | Callable[[Tensor], Tensor]
+    head: Tensor | Stored | Callable[[Tensor], Tensor]
     cos: Tensor
     sin: Tensor
 
@@ -108,10 +92,17 @@ class Step:
         keys: `[layers, streams, kv_heads, capacity, head_dim]`.
         values: As `keys`.
         tiles: How kernels cut their work.
+        launches: How the int4 kernel is launched.
     """
 
     def __init__(
-        self, architecture: Architecture, weights: Weights, keys: Tensor, values: Tensor, tiles: Table
+        self,
+        architecture: Architecture,
+        weights: Weights,
+        keys: Tensor,
+        values: Tensor,
+        tiles: Tiles,
+        launches: Launches,
     ) -> None:
         a, device = architecture, keys.device
         streams, capacity = keys.shape[1], keys.shape[3]
@@ -120,7 +111,7 @@ class Step:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         # A kernel may come up while the one ahead still runs: compute capability 9.0 and newer.
         pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        self._launched: dict[str, Any] = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+        self._pdl: dict[str, Any] = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
         q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
         shapes = {  # rows and columns of the weight, and what a program's rows have to divide
             "qkv": (q + 2 * kv, a.hidden, a.head_dim // 2),
@@ -130,6 +121,7 @@ class Step:
             "head": (a.vocab, a.hidden, a.vocab),
         }
         self._tiles = {product: tiles.tile(name, product, *shape) for product, shape in shapes.items()}
+        self._launches, self._place = launches, str(device)
         self._parts = tiles.parts(name, capacity, a.kv_heads * streams)
 
         def room(*shape: int, dtype: torch.dtype = keys.dtype) -> Tensor:
@@ -138,8 +130,11 @@ class Step:
         parts = self._parts.parts
         self.length = torch.zeros((), dtype=torch.int32, device=device)
         self._x = room(a.hidden, dtype=torch.float32)
+        self._scaled, self._normed = room(a.hidden), room(a.hidden)
         self._q, self._attended, self._inner = room(q), room(q), room(a.ffn)
-        self._normed = room(a.hidden)
+        # Of each norm; a row of them begins at a multiple of sixteen bytes, which kernels are compiled for.
+        counts = torch.zeros(2 * a.layers + 1, 2 * triton.cdiv(streams, 2), dtype=torch.int64, device=device)
+        self._squares = list(counts)
         self._sums = room(a.q_heads, parts, a.head_dim, dtype=torch.float32)
         self._peaks = room(a.q_heads, parts, 2, dtype=torch.float32)
 
@@ -149,116 +144,128 @@ class Step:
         self._embed(token)
         pending: Tensor | None = None  # a layer's output that has not joined the residual stream yet
         for index, (block, (before, after)) in enumerate(zip(w.blocks, w.norms, strict=True)):
-            keys, values = self._keys[index], self._values[index]
-            if isinstance(block, Int4):
-                self._int4(block, before, after, keys, values)
-            elif isinstance(block, Stacked):
-                self._qkv(block, before, keys, values)
-                self._attend(self._q, keys, values)
-                self._residual("out", self._attended, block.out)
-                self._swiglu(block, after)
-                self._residual("down", self._inner, block.down)
-            else:
+            if isinstance(block, Hosted):
                 normed = self._norm(before, pending)
                 query = block.q(normed)
-                self._rotate(query, block.k(normed), block.v(normed), keys, values)
-                self._attend(query, keys, values)
+                self._rotate(index, query, block.k(normed), block.v(normed))
+                self._attend(index, query)
                 normed = self._norm(after, block.out(self._attended))
                 pending = block.down(self._silu(block.gate(normed), block.up(normed)))
+                continue
+            following = w.norms[index + 1][0] if index + 1 < len(w.norms) else w.norm
+            self._qkv(index, block)
+            self._attend(index, self._q)
+            self._residual("out", self._attended, block.out, after, self._squares[2 * index + 1])
+            self._swiglu(block.gate_up, self._squares[2 * index + 1])
+            self._residual("down", self._inner, block.down, following, self._squares[2 * index + 2])
         if callable(w.head):
             return w.head(self._norm(w.norm, pending)).float()
         if pending is not None:
-            self._norm(w.norm, pending)
-        return self._head()
-
-    def _int4(self, block: Int4, before: Tensor, after: Tensor, keys: Tensor, values: Tensor) -> None:
-        from backends.int4.product import extension
-
-        kernel, w, eps = extension(), self._weights, self._a.rms_norm_eps
-        qkv, out, gate_up, down = block.qkv, block.out, block.gate_up, block.down
-        cached = (w.cos, w.sin, self.length, self._q, keys, values)
-        kernel.qkv(self._x, before, eps, qkv.words, qkv.scales, qkv.bias, *cached, *qkv.cut)
-        self._attend(self._q, keys, values)
-        kernel.residual(self._attended, out.words, out.scales, self._x, *out.cut)
-        kernel.swiglu(self._x, after, eps, gate_up.words, gate_up.scales, self._inner, *gate_up.cut)
-        kernel.residual(self._inner, down.words, down.scales, self._x, *down.cut)
+            return self._head(self._norm(w.norm, pending), None)
+        return self._head(self._scaled, self._squares[-1])
 
     def _embed(self, token: Tensor) -> None:
-        k = self._a.hidden
-        grid = (self._streams, triton.cdiv(k, BLOCK))
-        fused_embed[grid](token, self._weights.embedding, self.length, self._x, K=k, C=BLOCK, **self._launched)
-
-    def _qkv(self, block: Stacked, gain: Tensor, keys: Tensor, values: Tensor) -> None:
-        a, w, cut = self._a, self._weights, self._tiles["qkv"]
-        bias = block.qkv if block.bias is None else block.bias
-        heads = {"Q": a.q_heads, "KV": a.kv_heads, "D": a.head_dim, "BIASED": block.bias is not None}
-        numbers = (self._capacity, a.rms_norm_eps)
-        fused_qkv[(block.qkv.shape[0] // 2 // cut.rows,)](
-            *(self._x, gain, block.qkv, bias, w.cos, w.sin, self.length, self._q, keys, values, *numbers),
-            **(heads | self._cut("qkv", a.hidden)),
+        w, k, squares = self._weights, self._a.hidden, self._squares
+        norms = {"NORMS": len(squares), "P": triton.next_power_of_2(len(squares))}
+        # Behind everything ahead of it: what comes up early behind it may read what the step before wrote.
+        fused_embed[(self._streams,)](
+            *(token, w.embedding, w.norms[0][0], self._x, self._scaled, squares[0], squares[0].numel()),
+            **(norms | {"K": k, "C": triton.next_power_of_2(k), "PDL": self._pdl["PDL"], "num_warps": 8}),
         )
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
-        a, cut = self._a, self._parts
+    def _qkv(self, index: int, block: Stacked) -> None:
+        a, w, weight, eps = self._a, self._weights, block.qkv, self._a.rms_norm_eps
+        normed = (self._scaled, self._squares[2 * index])
+        cached = (w.cos, w.sin, self.length, self._q, self._keys[index], self._values[index])
+        if isinstance(weight, torch.Tensor):
+            heads = {"Q": a.q_heads, "KV": a.kv_heads, "D": a.head_dim, "BIASED": block.bias is not None}
+            fused_qkv[(weight.shape[0] // 2 // self._tiles["qkv"].rows,)](
+                *(*normed, weight, weight if block.bias is None else block.bias, *cached, self._capacity, eps),
+                **(heads | self._cut("qkv", a.hidden)),
+            )
+        else:
+            self._int4.qkv(*normed, eps, weight.words, weight.scales, weight.bias, *cached, *self._launch(weight))
+
+    def _attend(self, index: int, query: Tensor) -> None:
+        a, cut, keys, values = self._a, self._parts, self._keys[index], self._values[index]
         heads = {"Q": a.q_heads, "KV": a.kv_heads, "D": a.head_dim, "PARTS": cut.parts, "N": cut.rows}
         fused_attend[(cut.parts, a.kv_heads, self._streams)](
             *(query, keys, values, self.length, self._sums, self._peaks, self._capacity, a.head_dim**-0.5),
-            **(heads | {"INTERPRETED": INTERPRETED, "num_warps": cut.warps} | self._launched),
+            **(heads | {"INTERPRETED": INTERPRETED, "num_warps": cut.warps} | self._pdl),
         )
         merged = {"D": a.head_dim, "PARTS": cut.parts, "P": triton.next_power_of_2(cut.parts)}
-        grid = (self._streams * a.q_heads,)
-        fused_combine[grid](self._sums, self._peaks, self._attended, **merged, **self._launched)
-
-    def _swiglu(self, block: Stacked, gain: Tensor) -> None:
-        a, cut = self._a, self._tiles["swiglu"]
-        fused_swiglu[(a.ffn // cut.rows,)](
-            *(self._x, gain, block.gate_up, self._inner, a.rms_norm_eps),
-            **({"F": a.ffn} | self._cut("swiglu", a.hidden)),
+        fused_combine[(self._streams * a.q_heads,)](
+            *(self._sums, self._peaks, self._attended, self.length),
+            **(merged | {"LAST": index + 1 == a.layers} | self._pdl),
         )
 
-    def _residual(self, product: str, inner: Tensor, weight: Tensor) -> None:
-        rows, columns = weight.shape
-        fused_residual[(rows // self._tiles[product].rows,)](
-            self._x, inner, weight, N=rows, **self._cut(product, columns)
-        )
-
-    def _head(self) -> Tensor:
-        a, w = self._a, self._weights
-        logits = torch.empty(self._streams, a.vocab, dtype=torch.float32, device=self._x.device)
-        if isinstance(w.head, torch.Tensor):
-            fused_head[(a.vocab // self._tiles["head"].rows,)](
-                *(self._x, w.norm, w.head, logits, a.rms_norm_eps),
-                **({"N": a.vocab} | self._cut("head", a.hidden)),
+    def _swiglu(self, weight: Tensor | Stored, squares: Tensor) -> None:
+        a, eps = self._a, self._a.rms_norm_eps
+        if isinstance(weight, torch.Tensor):
+            fused_swiglu[(a.ffn // self._tiles["swiglu"].rows,)](
+                *(self._scaled, squares, weight, self._inner, eps), **({"F": a.ffn} | self._cut("swiglu", a.hidden))
             )
-        elif not callable(w.head):
-            from backends.int4.product import extension
+        else:
+            stored = (weight.words, weight.scales)
+            self._int4.swiglu(self._scaled, squares, eps, *stored, self._inner, *self._launch(weight))
 
-            packed = w.head
-            extension().logits(self._x, w.norm, a.rms_norm_eps, packed.words, packed.scales, logits, *packed.cut)
+    def _residual(self, product: str, inner: Tensor, weight: Tensor | Stored, gain: Tensor, squares: Tensor) -> None:
+        joined = (gain, self._scaled, squares)
+        if isinstance(weight, torch.Tensor):
+            rows, columns = weight.shape
+            fused_residual[(rows // self._tiles[product].rows,)](
+                self._x, inner, weight, *joined, N=rows, **self._cut(product, columns)
+            )
+        else:
+            self._int4.residual(inner, weight.words, weight.scales, self._x, *joined, *self._launch(weight))
+
+    def _head(self, x: Tensor, squares: Tensor | None) -> Tensor:
+        """Logits of what the last norm's product reads; of what is normed already where there are no squares."""
+        a, head = self._a, self._weights.head
+        logits = torch.empty(self._streams, a.vocab, dtype=torch.float32, device=x.device)
+        if isinstance(head, torch.Tensor):
+            fused_head[(a.vocab // self._tiles["head"].rows,)](
+                *(x, self._squares[-1] if squares is None else squares, head, logits, a.rms_norm_eps),
+                **({"NORMED": squares is None, "N": a.vocab} | self._cut("head", a.hidden)),
+            )
+        elif not callable(head):
+            stored = (head.words, head.scales)
+            self._int4.logits(x, squares, a.rms_norm_eps, *stored, logits, *self._launch(head))
         return logits
+
+    @property
+    def _int4(self) -> Any:
+        from backends.int4.product import extension
+
+        return extension()
+
+    def _launch(self, weight: Stored) -> tuple[int, int, int]:
+        return self._launches.launch(self._place, *weight.words.shape[:2])
 
     def _cut(self, product: str, columns: int) -> dict[str, Any]:
         tile = self._tiles[product]
-        cut = {"K": columns, "R": tile.rows, "C": tile.columns, "num_warps": tile.warps}
-        return cut | {"B": self._streams} | self._launched
+        lines = triton.next_power_of_2(triton.cdiv(columns, LINE.value)) if tile.ahead and self._pdl["PDL"] else 0
+        cut = {"K": columns, "R": tile.rows, "C": tile.columns, "LINES": lines, "num_warps": tile.warps}
+        return cut | {"B": self._streams} | self._pdl
 
     def _norm(self, gain: Tensor, added: Tensor | None) -> Tensor:
         k = self._a.hidden
         numbers = {"K": k, "C": triton.next_power_of_2(k), "ADDS": added is not None, "num_warps": 8}
         arrived = self._normed if added is None else added
         fused_norm[(self._streams,)](
-            *(self._x, arrived, gain, self._normed, self._a.rms_norm_eps), **(numbers | self._launched)
+            *(self._x, arrived, gain, self._normed, self._a.rms_norm_eps), **(numbers | self._pdl)
         )
         return self._normed
 
-    def _rotate(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> None:
+    def _rotate(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         a, w = self._a, self._weights
+        cached = (self._keys[index], self._values[index], self._capacity)
         fused_rotate[(self._streams, a.q_heads + a.kv_heads)](
-            *(q, k, v, w.cos, w.sin, self.length, keys, values, self._capacity),
-            **({"Q": a.q_heads, "KV": a.kv_heads, "D": a.head_dim, "num_warps": 1} | self._launched),
+            *(q, k, v, w.cos, w.sin, self.length, *cached),
+            **({"Q": a.q_heads, "KV": a.kv_heads, "D": a.head_dim, "num_warps": 1} | self._pdl),
         )
 
     def _silu(self, gate: Tensor, up: Tensor) -> Tensor:
         grid = (self._streams, triton.cdiv(self._a.ffn, BLOCK))
-        fused_silu[grid](gate, up, F=self._a.ffn, C=BLOCK, **self._launched)
+        fused_silu[grid](gate, up, F=self._a.ffn, C=BLOCK, **self._pdl)
         return gate

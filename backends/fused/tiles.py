@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+from backends.tiles import Place, Table
 
 TABLE = Path(__file__).with_name("tiles.yaml")
-ANY = "any"
 PRODUCTS = ("qkv", "out", "swiglu", "down", "head")
 
 
@@ -20,11 +20,14 @@ class Tile:
         rows: Of the weight, a program; pairs of rows where the product pairs them.
         columns: Of the weight, at a time.
         warps: Of a program.
+        ahead: Whether a program has all of its rows come into L2 while it waits for the kernel ahead: worth it where
+            that one leaves the memory idle.
     """
 
     rows: int
     columns: int
     warps: int
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,67 +45,26 @@ class Parts:
     warps: int
 
 
-@dataclass(frozen=True)
-class Place:
-    """What a table's row is for; `ANY` and 0 are every device and extent.
-
-    Attributes:
-        device: As the driver names it.
-        product: One of `PRODUCTS`, or `attention`.
-        rows: Of the weight; of the cache.
-        columns: Of the weight; heads of the cache, all streams' together.
-    """
-
-    device: str
-    product: str
-    rows: int = 0
-    columns: int = 0
-
-    def general(self) -> list[Place]:
-        """This place and what holds for it where nothing else is known, the nearest first."""
-        return [self, replace(self, rows=0, columns=0), Place(ANY, self.product)]
-
-
-class Table:
-    """The tiles that are known.
-
-    Args:
-        rows: As `tiles.yaml` has them.
-    """
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self._known = {Place(**row["place"]): row["tile"] for row in rows}
+class Tiles(Table):
+    """The tiles that are known; each product has one for any device."""
 
     def tile(self, device: str, product: str, rows: int, columns: int, unit: int) -> Tile:
         """For a weight `[rows, columns]`: one that is no wider than it has to be, and whose rows divide `unit`."""
-        tile = Tile(**self._find(Place(device, product, rows, columns)))
+        tile = Tile(**(self.find(Place(device, product, rows, columns)) or {}))
         while unit % tile.rows:
             tile = replace(tile, rows=tile.rows // 2)
         return replace(tile, columns=min(tile.columns, _power(columns)))
 
     def parts(self, device: str, capacity: int, heads: int) -> Parts:
         """For a cache of this many rows, `heads` of key heads and streams together: no part is without a row."""
-        found = Parts(**self._find(Place(device, "attention", capacity, heads)))
+        found = Parts(**(self.find(Place(device, "attention", capacity, heads)) or {}))
         return replace(found, parts=min(found.parts, -(-capacity // found.rows)))
-
-    def _find(self, place: Place) -> dict[str, int]:
-        return next(self._known[one] for one in place.general() if one in self._known)
-
-    def known(self) -> list[dict[str, Any]]:
-        """The rows, as `tiles.yaml` has them."""
-        return [{"place": vars(place), "tile": tile} for place, tile in self._known.items()]
-
-    def set(self, place: Place, tile: Tile | Parts) -> None:
-        """Know better from now on."""
-        self._known[place] = vars(tile)
 
 
 @cache
-def table() -> Table:
+def table() -> Tiles:
     """The one that rfloor comes with."""
-    import yaml
-
-    return Table(yaml.safe_load(TABLE.read_text()))
+    return Tiles.read(TABLE)
 
 
 def _power(number: int) -> int:

@@ -7,6 +7,7 @@
 namespace {
 
 using Bias = std::optional<at::Tensor>;
+using Squares = std::optional<at::Tensor>;
 
 void check(const at::Tensor& tensor, at::ScalarType type) {
     TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous() && tensor.scalar_type() == type);
@@ -25,15 +26,18 @@ Weight weight(const at::Tensor& words, const at::Tensor& scales, const Bias& bia
 Before plain(const at::Tensor& x) {
     check(x, at::kBFloat16);
     TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && x.size(0) <= 8);
-    return {x.data_ptr(), nullptr, 0, static_cast<int>(x.size(1)), static_cast<int>(x.size(0))};
+    return {static_cast<const __nv_bfloat16*>(x.data_ptr()), nullptr, 0, static_cast<int>(x.size(1)),
+            static_cast<int>(x.size(0))};
 }
 
-Before normed(const at::Tensor& x, const at::Tensor& gain, double eps) {
-    check(x, at::kFloat);
-    check(gain, at::kBFloat16);
-    TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && x.size(0) <= 8 && gain.numel() == x.size(1));
-    return {x.data_ptr(), static_cast<const __nv_bfloat16*>(gain.data_ptr()), static_cast<float>(eps),
-            static_cast<int>(x.size(1)), static_cast<int>(x.size(0))};
+Before normed(const at::Tensor& x, const Squares& squares, double eps) {
+    auto made = plain(x);
+    if (!squares) return made;
+    check(*squares, at::kLong);
+    TORCH_CHECK(squares->numel() >= x.size(0));
+    made.squares = reinterpret_cast<const long long*>(squares->data_ptr());
+    made.eps = static_cast<float>(eps);
+    return made;
 }
 
 Behind behind(Fused what, const at::Tensor& out, const at::Tensor& words) {
@@ -44,49 +48,65 @@ Behind behind(Fused what, const at::Tensor& out, const at::Tensor& words) {
     return made;
 }
 
-void launch(const Before& before, const Weight& weight, const Behind& behind, int64_t warps, int64_t blocks) {
-    const auto failed = int4_launch(before, weight, behind, static_cast<int>(warps), static_cast<int>(blocks),
+void launch(const Before& before, const Weight& weight, const Behind& behind, int64_t warps, int64_t blocks, int64_t ahead) {
+    const auto failed = int4_launch(before, weight, behind, static_cast<int>(warps), static_cast<int>(blocks), static_cast<int>(ahead),
                                     c10::cuda::getCurrentCUDAStream());
-    TORCH_CHECK(failed == cudaSuccess, cudaGetErrorString(failed));
+    if (failed == cudaSuccess) return;
+    cudaGetLastError();  // or whoever asks next takes it for his own
+    TORCH_CHECK(false, "int4's kernel did not launch: ", cudaGetErrorString(failed));
 }
 
 // x: bf16 [streams, columns]; words and scales as backends/int4/layout.py packs them. Returns bf16 [streams, rows].
 at::Tensor product(const at::Tensor& x, const at::Tensor& words, const at::Tensor& scales, const Bias& bias,
-                   int64_t warps, int64_t blocks) {
+                   int64_t warps, int64_t blocks, int64_t ahead) {
     auto out = at::empty({x.size(0), words.size(0) * 16}, x.options());
-    launch(plain(x), weight(words, scales, bias, x.size(1)), behind(Fused::STORE, out, words), warps, blocks);
+    launch(plain(x), weight(words, scales, bias, x.size(1)), behind(Fused::STORE, out, words), warps, blocks, ahead);
     return out;
 }
 
-// residual: float32 [streams, rows], added to.
+// residual: float32 [streams, rows], added to; gain: bf16 [rows], of the next norm; scaled: bf16 [streams, rows], what
+// that norm's product reads; squares: int64 [streams or more], added to.
 void residual(const at::Tensor& x, const at::Tensor& words, const at::Tensor& scales, const at::Tensor& residual,
-              int64_t warps, int64_t blocks) {
+              const at::Tensor& gain, const at::Tensor& scaled, const at::Tensor& squares, int64_t warps,
+              int64_t blocks, int64_t ahead) {
     check(residual, at::kFloat);
+    check(squares, at::kLong);
+    for (const auto& tensor : {gain, scaled}) check(tensor, at::kBFloat16);
     TORCH_CHECK(residual.size(0) == x.size(0) && residual.size(1) == words.size(0) * 16);
-    launch(plain(x), weight(words, scales, {}, x.size(1)), behind(Fused::RESIDUAL, residual, words), warps, blocks);
+    TORCH_CHECK(scaled.sizes() == residual.sizes() && gain.numel() == residual.size(1) && squares.numel() >= x.size(0));
+    auto made = behind(Fused::RESIDUAL, residual, words);
+    made.gain = static_cast<const __nv_bfloat16*>(gain.data_ptr());
+    made.scaled = static_cast<__nv_bfloat16*>(scaled.data_ptr());
+    made.squares = reinterpret_cast<unsigned long long*>(squares.data_ptr());
+    launch(plain(x), weight(words, scales, {}, x.size(1)), made, warps, blocks, ahead);
 }
 
-// x: float32 [streams, columns]; out: bf16 [streams, rows / 2].
-void swiglu(const at::Tensor& x, const at::Tensor& gain, double eps, const at::Tensor& words, const at::Tensor& scales,
-            const at::Tensor& out, int64_t warps, int64_t blocks) {
+// What stands behind a norm: x is bf16 [streams, columns], the residual stream times the norm's gain, and squares are
+// int64 [streams or more], or none where x is normed already.
+
+// out: bf16 [streams, rows / 2].
+void swiglu(const at::Tensor& x, const Squares& squares, double eps, const at::Tensor& words, const at::Tensor& scales,
+            const at::Tensor& out, int64_t warps, int64_t blocks, int64_t ahead) {
     check(out, at::kBFloat16);
     TORCH_CHECK(out.size(0) == x.size(0) && out.size(1) == words.size(0) * 8);
-    launch(normed(x, gain, eps), weight(words, scales, {}, x.size(1)), behind(Fused::SWIGLU, out, words), warps, blocks);
+    launch(normed(x, squares, eps), weight(words, scales, {}, x.size(1)), behind(Fused::SWIGLU, out, words), warps,
+           blocks, ahead);
 }
 
-// x: float32 [streams, columns]; out: float32 [streams, rows].
-void logits(const at::Tensor& x, const at::Tensor& gain, double eps, const at::Tensor& words, const at::Tensor& scales,
-            const at::Tensor& out, int64_t warps, int64_t blocks) {
+// out: float32 [streams, rows].
+void logits(const at::Tensor& x, const Squares& squares, double eps, const at::Tensor& words, const at::Tensor& scales,
+            const at::Tensor& out, int64_t warps, int64_t blocks, int64_t ahead) {
     check(out, at::kFloat);
     TORCH_CHECK(out.size(0) == x.size(0) && out.size(1) == words.size(0) * 16);
-    launch(normed(x, gain, eps), weight(words, scales, {}, x.size(1)), behind(Fused::LOGITS, out, words), warps, blocks);
+    launch(normed(x, squares, eps), weight(words, scales, {}, x.size(1)), behind(Fused::LOGITS, out, words), warps,
+           blocks, ahead);
 }
 
-// x: float32 [streams, columns]; q: bf16 [streams, q_heads * head_dim]; cos and sin: float32 [capacity, head_dim / 2];
+// q: bf16 [streams, q_heads * head_dim]; cos and sin: float32 [capacity, head_dim / 2];
 // length: int32, 0-d; keys and values: bf16 [streams, kv_heads, capacity, head_dim].
-void qkv(const at::Tensor& x, const at::Tensor& gain, double eps, const at::Tensor& words, const at::Tensor& scales,
+void qkv(const at::Tensor& x, const Squares& squares, double eps, const at::Tensor& words, const at::Tensor& scales,
          const Bias& bias, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& length, const at::Tensor& q,
-         const at::Tensor& keys, const at::Tensor& values, int64_t warps, int64_t blocks) {
+         const at::Tensor& keys, const at::Tensor& values, int64_t warps, int64_t blocks, int64_t ahead) {
     for (const auto& tensor : {q, keys, values}) check(tensor, at::kBFloat16);
     for (const auto& tensor : {cos, sin}) check(tensor, at::kFloat);
     check(length, at::kInt);
@@ -103,7 +123,7 @@ void qkv(const at::Tensor& x, const at::Tensor& gain, double eps, const at::Tens
     made.length = length.data_ptr<int>();
     made.keys = static_cast<__nv_bfloat16*>(keys.data_ptr());
     made.values = static_cast<__nv_bfloat16*>(values.data_ptr());
-    launch(normed(x, gain, eps), weight(words, scales, bias, x.size(1)), made, warps, blocks);
+    launch(normed(x, squares, eps), weight(words, scales, bias, x.size(1)), made, warps, blocks, ahead);
 }
 
 }  // namespace

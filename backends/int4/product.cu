@@ -16,6 +16,7 @@ namespace {
 constexpr int GROUP = 128, ROWS = 16, STREAMS = 8, DEPTH = 2;
 constexpr unsigned CODES = 0x000f000fu, BEHIND_128 = 0x43004300u;
 constexpr float TOO_MUCH = 136.0f;  // 128, and the 8 that a code of zero weight has
+constexpr float UNIT = 16777216.0f;  // sums of squares are counts of 1 / UNIT, as backends/fused/products.py has them
 
 struct Codes {
     uint4 half[2];
@@ -29,6 +30,14 @@ __device__ __forceinline__ Codes load(const Weight& weight, int tile, int groups
     found.half[1] = __ldcs(weight.words + (at * 2 + 1) * 32 + lane);
     found.scales = weight.scales[at * 8 + lane / 4];
     return found;
+}
+
+// Have a tile's words come into L2.
+__device__ __forceinline__ void ask(const Weight& weight, int tile, int tiles, int groups) {
+    if (tile >= tiles) return;
+    const size_t bytes = sizeof(uint4) * 2 * 32 * groups;
+    const auto* from = reinterpret_cast<const char*>(weight.words) + tile * bytes;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(static_cast<unsigned>(bytes)));
 }
 
 __device__ __forceinline__ unsigned pair(unsigned word) {
@@ -67,73 +76,39 @@ __device__ __forceinline__ void add(float (&sums)[4], const Codes& codes, const 
     }
 }
 
-// A warp's sum, in every lane.
-__device__ __forceinline__ float across(float part) {
-#pragma unroll
-    for (int apart = 16; apart; apart /= 2) part += __shfl_xor_sync(~0u, part, apart);
-    return part;
-}
-
-// Activations as the product takes them: four of a stream.
-struct Plain {
-    static constexpr bool NORMED = false;
-    static __device__ __forceinline__ uint2 four(const Before& before, int stream, int column, float) {
-        const auto* x = static_cast<const __nv_bfloat16*>(before.x);
-        return *reinterpret_cast<const uint2*>(x + static_cast<size_t>(stream) * before.columns + column);
-    }
-};
-
-struct Normed {
-    static constexpr bool NORMED = true;
-    static __device__ __forceinline__ uint2 four(const Before& before, int stream, int column, float scale) {
-        const auto* x = static_cast<const float*>(before.x);
-        const float4 values = *reinterpret_cast<const float4*>(x + static_cast<size_t>(stream) * before.columns + column);
-        const uint2 gains = *reinterpret_cast<const uint2*>(before.gain + column);
-        const auto* gain = reinterpret_cast<const __nv_bfloat162*>(&gains);
-        const float2 a = __bfloat1622float2(gain[0]), b = __bfloat1622float2(gain[1]);
-        const __nv_bfloat162 first = __floats2bfloat162_rn(values.x * scale * a.x, values.y * scale * a.y);
-        const __nv_bfloat162 second = __floats2bfloat162_rn(values.z * scale * b.x, values.w * scale * b.y);
-        return make_uint2(*reinterpret_cast<const unsigned*>(&first), *reinterpret_cast<const unsigned*>(&second));
-    }
-};
-
 // Activations into shared memory, and the sum of each group's: `totals` is [8 streams][groups], 0 where no stream is.
-template <int W, class P>
+// Half a warp has a group; what a warp is to load is under way before it stores the first of it.
+template <int W>
 __device__ __forceinline__ void stage(__nv_bfloat16* x, float* totals, const Before& before) {
-    __shared__ float squares[P::NORMED ? STREAMS * W : 1];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = before.columns, groups = columns / GROUP;
-    if constexpr (P::NORMED) {
-        const auto* given = static_cast<const float*>(before.x);
-        for (int stream = 0; stream < before.streams; ++stream) {
-            float part = 0;
-            for (int column = threadIdx.x; column < columns; column += 32 * W) {
-                const float value = given[static_cast<size_t>(stream) * columns + column];
-                part += value * value;
-            }
-            part = across(part);
-            if (lane == 0) squares[stream * W + warp] = part;
+    constexpr int BATCH = 6, APART = 2 * W;
+    const int columns = before.columns, groups = columns / GROUP, all = before.streams * groups;
+    const int first = threadIdx.x / 16, place = threadIdx.x % 16 * 8;
+    for (int begin = first; begin - first < all; begin += BATCH * APART) {  // as often in every lane: they shuffle
+        uint4 eight[BATCH];
+#pragma unroll
+        for (int d = 0; d < BATCH; ++d) {
+            const int one = begin + d * APART;
+            eight[d] = make_uint4(0, 0, 0, 0);
+            if (one < all) eight[d] = *reinterpret_cast<const uint4*>(before.x + one * GROUP + place);
         }
-        __syncthreads();
-    }
-    for (int one = warp; one < STREAMS * groups; one += W) {
-        const int stream = one / groups, column = one % groups * GROUP + lane * 4;
-        float total = 0;
-        if (stream < before.streams) {
-            float scale = 1;
-            if constexpr (P::NORMED) {
-                float sum = 0;
-                for (int w = 0; w < W; ++w) sum += squares[stream * W + w];
-                scale = rsqrtf(sum / columns + before.eps);
+#pragma unroll
+        for (int d = 0; d < BATCH; ++d) {
+            const int one = begin + d * APART;
+            const auto* two = reinterpret_cast<const __nv_bfloat162*>(&eight[d]);
+            float total = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 pair = __bfloat1622float2(two[i]);
+                total += pair.x + pair.y;
             }
-            const uint2 four = P::four(before, stream, column, scale);
-            *reinterpret_cast<uint2*>(x + stream * columns + column) = four;
-            const auto* two = reinterpret_cast<const __nv_bfloat162*>(&four);
-            const float2 a = __bfloat1622float2(two[0]), b = __bfloat1622float2(two[1]);
-            total = (a.x + a.y) + (b.x + b.y);
+#pragma unroll
+            for (int apart = 8; apart; apart /= 2) total += __shfl_xor_sync(~0u, total, apart);
+            if (one >= all) continue;
+            *reinterpret_cast<uint4*>(x + one * GROUP + place) = eight[d];
+            if (place == 0) totals[one] = total;
         }
-        total = across(total);
-        if (lane == 0) totals[one] = total;
     }
+    for (int one = all + threadIdx.x; one < STREAMS * groups; one += 32 * W) totals[one] = 0;
 }
 
 // What becomes of rows r and r + 8 of a tile, r = 0..7.
@@ -147,9 +122,14 @@ struct Store {
 
 struct Residual {
     static __device__ __forceinline__ void put(const Behind& behind, int tile, int r, int stream, float a, float b) {
-        auto* out = static_cast<float*>(behind.out) + static_cast<size_t>(stream) * behind.rows + tile * ROWS;
-        out[r] += a;
-        out[r + 8] += b;
+        const int row = tile * ROWS + r;
+        const size_t at = static_cast<size_t>(stream) * behind.rows + row;
+        auto* out = static_cast<float*>(behind.out) + at;
+        a = out[0] += a;
+        b = out[8] += b;
+        behind.scaled[at] = __float2bfloat16(a * __bfloat162float(behind.gain[row]));
+        behind.scaled[at + 8] = __float2bfloat16(b * __bfloat162float(behind.gain[row + 8]));
+        atomicAdd(behind.squares + stream, static_cast<unsigned long long>(__float2ll_rn((a * a + b * b) * UNIT)));
     }
 };
 
@@ -173,7 +153,7 @@ struct Swiglu {
 struct Rotary {
     static __device__ __forceinline__ void put(const Behind& behind, int tile, int r, int stream, float a, float b) {
         const int half = behind.head_dim / 2, head = tile / (half / 8), place = tile % (half / 8) * 8 + r;
-        const int row = *behind.length - 1, turned = behind.q_heads + behind.kv_heads;
+        const int row = *behind.length, turned = behind.q_heads + behind.kv_heads;
         if (head < turned) {
             const float c = behind.cos[row * half + place], s = behind.sin[row * half + place], first = a;
             a = first * c - b * s;
@@ -193,14 +173,15 @@ struct Rotary {
     }
 };
 
-template <int W, class P, class E>
-__global__ void __launch_bounds__(32 * W) int4_product(const Before before, const Weight weight, const Behind behind) {
+template <int W, class E>
+__global__ void __launch_bounds__(32 * W) int4_product(const Before before, const Weight weight, const Behind behind,
+                                                        int ahead) {
     extern __shared__ __align__(16) unsigned char shared[];
     const int columns = before.columns, groups = columns / GROUP, tiles = behind.rows / ROWS;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     auto* x = reinterpret_cast<__nv_bfloat16*>(shared);
     auto* totals = reinterpret_cast<float*>(x + before.streams * columns);
-    auto* found = totals + STREAMS * groups;  // [W][16][8]
+    auto* found = totals + STREAMS * groups;  // [2][W][16][8]: one tile's sums are read while the next one's come
 
     asm volatile("griddepcontrol.launch_dependents;");
     Codes codes[DEPTH];
@@ -209,11 +190,16 @@ __global__ void __launch_bounds__(32 * W) int4_product(const Before before, cons
     };
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) fetch(blockIdx.x, warp + d * W, codes[d]);
+    if (threadIdx.x < ahead) ask(weight, blockIdx.x + (1 + threadIdx.x) * gridDim.x, tiles, groups);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    stage<W, P>(x, totals, before);
+    stage<W>(x, totals, before);
+    static_assert(8 * STREAMS <= 32 * W, "where sums meet a thread has one stream");
+    float scale = 1;
+    if (before.squares && threadIdx.x < 8 * before.streams)
+        scale = rsqrtf(static_cast<float>(before.squares[threadIdx.x / 8]) / (UNIT * columns) + before.eps);
     __syncthreads();
 
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int tile = blockIdx.x, turn = 0; tile < tiles; tile += gridDim.x, turn ^= W * ROWS * STREAMS) {
         float sums[4] = {0, 0, 0, 0};
         for (int begin = warp; begin < groups; begin += DEPTH * W) {
 #pragma unroll
@@ -225,33 +211,34 @@ __global__ void __launch_bounds__(32 * W) int4_product(const Before before, cons
         }
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) fetch(tile + gridDim.x, warp + d * W, codes[d]);  // under way while sums meet
-        auto* own = found + (warp * ROWS + lane / 4) * STREAMS + lane % 4 * 2;
+        auto* own = found + turn + (warp * ROWS + lane / 4) * STREAMS + lane % 4 * 2;
         *reinterpret_cast<float2*>(own) = make_float2(sums[0], sums[1]);
         *reinterpret_cast<float2*>(own + 8 * STREAMS) = make_float2(sums[2], sums[3]);
         __syncthreads();
-        for (int one = threadIdx.x; one < 8 * before.streams; one += 32 * W) {
-            const int r = one % 8, stream = one / 8;
+        if (threadIdx.x < 8 * before.streams) {
+            const int r = threadIdx.x % 8, stream = threadIdx.x / 8;
             float a = 0, b = 0;
-            if (weight.bias) {
-                a = __bfloat162float(weight.bias[tile * ROWS + r]);
-                b = __bfloat162float(weight.bias[tile * ROWS + r + 8]);
-            }
 #pragma unroll
             for (int w = 0; w < W; ++w) {
-                a += found[(w * ROWS + r) * STREAMS + stream];
-                b += found[(w * ROWS + r + 8) * STREAMS + stream];
+                a += found[turn + (w * ROWS + r) * STREAMS + stream];
+                b += found[turn + (w * ROWS + r + 8) * STREAMS + stream];
+            }
+            a *= scale, b *= scale;
+            if (weight.bias) {
+                a += __bfloat162float(weight.bias[tile * ROWS + r]);
+                b += __bfloat162float(weight.bias[tile * ROWS + r + 8]);
             }
             E::put(behind, tile, r, stream, a, b);
         }
-        __syncthreads();
     }
 }
 
-template <int W, class P, class E>
-cudaError_t launch(const Before& before, const Weight& weight, const Behind& behind, int blocks, cudaStream_t stream) {
+template <int W, class E>
+cudaError_t launch(const Before& before, const Weight& weight, const Behind& behind, int blocks, int ahead,
+                   cudaStream_t stream) {
     const size_t shared = sizeof(__nv_bfloat16) * before.streams * before.columns +
-                          sizeof(float) * (STREAMS * (before.columns / GROUP) + W * ROWS * STREAMS);
-    auto* kernel = int4_product<W, P, E>;
+                          sizeof(float) * (STREAMS * (before.columns / GROUP) + 2 * W * ROWS * STREAMS);
+    auto* kernel = int4_product<W, E>;
     if (const auto failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                  static_cast<int>(shared)))
         return failed;
@@ -265,31 +252,31 @@ cudaError_t launch(const Before& before, const Weight& weight, const Behind& beh
     config.stream = stream;
     config.attrs = &early;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, before, weight, behind);
+    return cudaLaunchKernelEx(&config, kernel, before, weight, behind, ahead);
 }
 
-template <class P, class E>
-cudaError_t with(const Before& before, const Weight& weight, const Behind& behind, int warps, int blocks,
+template <class E>
+cudaError_t with(const Before& before, const Weight& weight, const Behind& behind, int warps, int blocks, int ahead,
                  cudaStream_t stream) {
     switch (warps) {
-        case 4: return launch<4, P, E>(before, weight, behind, blocks, stream);
-        case 7: return launch<7, P, E>(before, weight, behind, blocks, stream);
-        case 8: return launch<8, P, E>(before, weight, behind, blocks, stream);
-        case 14: return launch<14, P, E>(before, weight, behind, blocks, stream);
+        case 4: return launch<4, E>(before, weight, behind, blocks, ahead, stream);
+        case 7: return launch<7, E>(before, weight, behind, blocks, ahead, stream);
+        case 8: return launch<8, E>(before, weight, behind, blocks, ahead, stream);
+        case 14: return launch<14, E>(before, weight, behind, blocks, ahead, stream);
         default: return cudaErrorInvalidValue;
     }
 }
 
 }  // namespace
 
-cudaError_t int4_launch(const Before& before, const Weight& weight, const Behind& behind, int warps, int blocks,
+cudaError_t int4_launch(const Before& before, const Weight& weight, const Behind& behind, int warps, int blocks, int ahead,
                         cudaStream_t stream) {
     switch (behind.what) {
-        case Fused::STORE: return with<Plain, Store>(before, weight, behind, warps, blocks, stream);
-        case Fused::RESIDUAL: return with<Plain, Residual>(before, weight, behind, warps, blocks, stream);
-        case Fused::SWIGLU: return with<Normed, Swiglu>(before, weight, behind, warps, blocks, stream);
-        case Fused::LOGITS: return with<Normed, Logits>(before, weight, behind, warps, blocks, stream);
-        case Fused::ROTARY: return with<Normed, Rotary>(before, weight, behind, warps, blocks, stream);
+        case Fused::STORE: return with<Store>(before, weight, behind, warps, blocks, ahead, stream);
+        case Fused::RESIDUAL: return with<Residual>(before, weight, behind, warps, blocks, ahead, stream);
+        case Fused::SWIGLU: return with<Swiglu>(before, weight, behind, warps, blocks, ahead, stream);
+        case Fused::LOGITS: return with<Logits>(before, weight, behind, warps, blocks, ahead, stream);
+        case Fused::ROTARY: return with<Rotary>(before, weight, behind, warps, blocks, ahead, stream);
         default: return cudaErrorInvalidValue;
     }
 }

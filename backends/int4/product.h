@@ -4,18 +4,19 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// What stands before and behind the product.
+// What stands behind the product.
 enum class Fused {
-    STORE,     // bf16 activations; bf16 [streams][rows]
-    RESIDUAL,  // bf16 activations; added to float [streams][rows]
-    SWIGLU,    // float activations, normed; bf16 [streams][rows / 2], gate and up paired
-    LOGITS,    // float activations, normed; float [streams][rows]
-    ROTARY,    // float activations, normed; q as bf16 [streams][q_heads * head_dim], k and v into the cache
+    STORE,     // bf16 [streams][rows]
+    RESIDUAL,  // added to float [streams][rows], for the norm that comes next
+    SWIGLU,    // bf16 [streams][rows / 2], gate and up paired
+    LOGITS,    // float [streams][rows]
+    ROTARY,    // q as bf16 [streams][q_heads * head_dim], k and v into the cache
 };
 
+// Activations. Behind a norm they are the residual stream times the norm's gain, and the sums are multiplied by its scale.
 struct Before {
-    const void* x;  // [streams][columns]
-    const __nv_bfloat16* gain;  // [columns], where normed
+    const __nv_bfloat16* x;  // [streams][columns]
+    const long long* squares;  // [streams], the sum of the stream's squares in 1 / UNIT; null where nothing is normed
     float eps;
     int columns, streams;
 };
@@ -30,11 +31,16 @@ struct Behind {
     Fused what;
     void* out;
     int rows;
+    // RESIDUAL alone
+    const __nv_bfloat16* gain;  // [rows], of the next norm
+    __nv_bfloat16* scaled;  // [streams][rows]
+    unsigned long long* squares;  // [streams], added to
     // ROTARY alone
     const float *cos, *sin;  // [capacity][head_dim / 2]
-    const int* length;  // valid rows of the cache, this token's included
+    const int* length;  // rows of the cache, without this token's
     __nv_bfloat16 *keys, *values;  // [streams][kv_heads][capacity][head_dim]
     int capacity, q_heads, kv_heads, head_dim;
 };
 
-cudaError_t int4_launch(const Before&, const Weight&, const Behind&, int warps, int blocks, cudaStream_t);
+// Warps a block, blocks, and how many of its tiles a block has come into L2 while it waits for the kernel ahead.
+cudaError_t int4_launch(const Before&, const Weight&, const Behind&, int warps, int blocks, int ahead, cudaStream_t);

@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from backends.int4 import layout
+from backends.int4.launches import table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WARPS = (14, 8, 7, 4)
-"""Of a block: what the kernel is compiled for."""
-FULL = 0.9
-"""Least share of the warps' turns in which they have a group."""
-WARPS_A_PROCESSOR = 28
-"""As many as its registers have room for."""
 MOST_ROWS = 8
-"""Rows of activations that the kernel takes at a time."""
+"""Rows of activations that the kernel takes at a time, if a processor's shared memory has room for them."""
+SHARED_BYTES = 200_000
+"""Of shared memory for activations: a block may have 227 KiB on compute capability 9.0, sums included."""
 
 
 class Int4Linear(torch.nn.Module):
@@ -43,7 +40,7 @@ class Int4Linear(torch.nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.dtype = dtype
-        self.cut = cut(words.shape[1], str(words.device)) if words.is_cuda else None
+        self._launch = table().launch(str(words.device), *words.shape[:2]) if words.is_cuda else None
 
     def weight(self) -> Tensor:
         """Dequantised, `[rows, columns]`."""
@@ -51,21 +48,15 @@ class Int4Linear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., columns]` to `[..., rows]`."""
-        rows = x.numel() // x.shape[-1]
-        if self.cut and rows <= MOST_ROWS and x.dtype == torch.bfloat16:
-            flat = x.reshape(rows, x.shape[-1]).contiguous()
-            out: Tensor = extension().product(flat, self.words, self.scales, self.bias, *self.cut)
+        columns = x.shape[-1]
+        rows = x.numel() // columns
+        if self._launch and rows <= MOST_ROWS and x.dtype == torch.bfloat16:
+            flat = x.reshape(rows, columns).contiguous()
+            parts = torch.split(flat, max(1, SHARED_BYTES // (2 * columns)))
+            found = [extension().product(part, self.words, self.scales, self.bias, *self._launch) for part in parts]
+            out = found[0] if len(found) == 1 else torch.cat(found)
             return out.view(*x.shape[:-1], -1)
         return torch.nn.functional.linear(x, self.weight(), self.bias)
-
-
-@cache
-def cut(groups: int, device: str) -> tuple[int, int]:
-    """Warps of a block and blocks of a launch, for a weight of so many groups a row."""
-    turns = {warps: -(-groups // warps) * warps for warps in WARPS}
-    warps = next((w for w in WARPS if groups / turns[w] >= FULL), WARPS[-1])
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return warps, processors * (WARPS_A_PROCESSOR // warps)
 
 
 @cache

@@ -17,27 +17,30 @@ if TYPE_CHECKING:
     from backends.int4.product import Int4Linear
 
 
-NOWHERE = (0, 0)
-"""How a launch is cut where the kernel does not run."""
-
-
 @dataclass(frozen=True)
-class Packed:
-    """A weight whose rows lie in an order of their own.
+class Stored:
+    """What a product reads of a weight.
 
     Attributes:
         words: As `layout.pack` gives them.
         scales: As `layout.pack_scales` gives them.
         bias: `[rows]` in the order of the packed rows, or `None`.
-        order: int64 `[rows]`, which row stands where.
-        cut: Warps of a block and blocks of a launch.
     """
 
     words: Tensor
     scales: Tensor
     bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Packed(Stored):
+    """A weight whose rows lie in an order of their own.
+
+    Attributes:
+        order: int64 `[rows]`, which row stands where.
+    """
+
     order: Tensor
-    cut: tuple[int, int]
 
     def weight(self) -> Tensor:
         """The rows in their own order, float32 `[rows, columns]`."""
@@ -58,13 +61,12 @@ def packed(layers: Sequence[Int4Linear], order: Tensor) -> Packed:
     scales = torch.cat([layout.unpack_scales(layer.scales) for layer in layers])[order]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     bias = torch.cat(biases)[order] if biases else None
-    return Packed(layout.pack(codes), layout.pack_scales(scales), bias, order, layers[0].cut or NOWHERE)
+    return Packed(layout.pack(codes), layout.pack_scales(scales), bias, order)
 
 
-def alone(layer: Int4Linear) -> Packed:
+def alone(layer: Int4Linear) -> Stored:
     """A layer as it is."""
-    order = torch.arange(layer.words.shape[0] * layout.ROWS)
-    return Packed(layer.words, layer.scales, layer.bias, order, layer.cut or NOWHERE)
+    return Stored(layer.words, layer.scales, layer.bias)
 
 
 class Part(torch.nn.Module):

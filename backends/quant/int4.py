@@ -38,7 +38,7 @@ class Int4(GptqLayout, LinearFormat):
     """
 
     executions = ("eager", "cuda_graph")
-    data = ("../int4/product.cu", "../int4/binding.cpp")
+    data = tuple(f"../int4/{name}" for name in ("product.cu", "product.h", "binding.cpp", "launches.yaml"))
     Options = Int4Options
 
     @property
