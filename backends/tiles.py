@@ -20,16 +20,20 @@ class Place:
         product: Which kernel, in the step's words.
         rows: Of the weight; of the cache.
         columns: Of the weight; heads of the cache, all streams' together.
+        streams: At a time.
     """
 
     device: str
     product: str
     rows: int = 0
     columns: int = 0
+    streams: int = 0
 
     def general(self) -> list[Place]:
         """This place and what holds for it where nothing else is known, the nearest first."""
-        return [self, replace(self, rows=0, columns=0), Place(ANY, self.product)]
+        shapes = [self, replace(self, streams=0)]
+        anywhere = Place(ANY, self.product, streams=self.streams)
+        return [*shapes, *(replace(one, rows=0, columns=0) for one in shapes), anywhere, Place(ANY, self.product)]
 
 
 class Table:
@@ -65,6 +69,13 @@ class Table:
             cut: A dataclass of what the kernel takes.
         """
         self._known[place] = vars(cut)
+
+    def restore(self, place: Place, cut: dict[str, Any] | None) -> None:
+        """Have a place as `find` gave it."""
+        if cut is None:
+            self._known.pop(place, None)
+        else:
+            self._known[place] = cut
 
     def write(self, path: Path) -> None:
         """Into a file, below what it says of itself."""

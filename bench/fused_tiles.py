@@ -1,13 +1,14 @@
-"""Tune the tiles of backend=fused for a model on this GPU, and tell where its step goes, kernel by kernel.
+"""Tune how backend=fused cuts its work for a model on this GPU, and tell where its step goes, kernel by kernel.
 
-    python bench/fused_tiles.py tune [--model qwen2.5-7b] [--context 2048] [--batch 1] [--layers 8] [--passes 2]
-    python bench/fused_tiles.py account [--model qwen2.5-7b] [--context 2048] [--batch 1]
+    python bench/fused_tiles.py tune [--model qwen2.5-7b] [--quant none|int4] [--context 2048] [--batch 1]
+    python bench/fused_tiles.py account [--model qwen2.5-7b] [--quant none|int4] [--context 2048] [--batch 1]
 
-`tune` changes one product's tile at a time and keeps what makes the captured step shorter by more than half a
-percent, in the chain and not alone: a tile that is best alone is not best behind another kernel. It starts with what
-`backends/fused/tiles.yaml` has and writes what it found there. `account` replays the whole step with each kind of
-launch left out in turn: what the step is shorter by is what that kind takes in the chain, and its bytes over that
-time are its GB/s there. Leaving a launch out changes what is computed and not what the others read.
+`tune` changes one product's cut at a time and keeps what makes the captured step shorter by more than half a percent
+twice, in the chain and not alone: what is best alone is not best behind another kernel. It starts with what
+`backends/fused/tiles.yaml` and `backends/int4/launches.yaml` have and writes what it found there. `account` replays
+the whole step with each kind of launch left out in turn, whole steps between: what the step is shorter by is what
+that kind takes in the chain, and its bytes over that time are its GB/s there. Leaving a launch out changes what is
+computed and not what the others read.
 """
 
 from __future__ import annotations
@@ -15,15 +16,25 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
+import os
 import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from backends.attention.sdpa import Sdpa, SdpaOptions
+from backends.fused import tiles
 from backends.fused.body import FusedBackend
-from backends.fused.tiles import PRODUCTS, TABLE, Parts, Place, Table, Tile, table
+from backends.fused.tiles import PRODUCTS, Parts, Tile, Tiles
+from backends.int4 import launches
+from backends.int4.launches import WARPS, WARPS_A_PROCESSOR, Launch, Launches
+from backends.quant.int4 import Int4, Int4Options
 from backends.quant.none import NoQuant
+from backends.tiles import Place, Table
 from registry.api import Architecture, NoOptions, Setup
 from registry.capture import capture
 from registry.compose import Composer
@@ -32,139 +43,235 @@ from registry.plugins import Catalog
 from registry.weights import RandomWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 ROOM = 35
-REPLAYS, REPEATS = 20, 5
+REPLAYS, REPEATS = 20, 3
+ROUNDS = 5
+"""Of `account`."""
 BETTER = 0.995
-"""What a step has to come to, over the one before, for a tile to be kept."""
-TILES = [Tile(r, c, w) for r, c, w in itertools.product((1, 2, 4), (512, 1024, 2048, 4096), (2, 4, 8, 16))]
-PARTS = [Parts(p, r, w) for p, r, w in itertools.product((8, 16, 33, 66), (32, 64, 128), (4, 8))]
-LARGEST = 64
-"""Weights that a thread may hold of a tile, of all its rows."""
+"""What a step has to come to, over the one before, for a cut to be kept."""
+KEPT = 6
+"""Candidates of a product that are tried again when the others have changed."""
+REGISTERS, THREADS = 65536, 2048
+"""Of a processor."""
+UNDER_WAY = 48 * 1024
+"""Bytes that a processor has to have under way, at least, for a tile to be tried."""
+PARTS = [Parts(p, r, w) for p, r, w in itertools.product((11, 16, 22, 33, 44, 66), (16, 32, 64, 128), (2, 4, 8))]
 LAUNCHES = {
     "qkv": ("_qkv",),
     "attention": ("_attend",),
-    "out, down": ("_residual",),
+    "out": ("_out",),
     "swiglu": ("_swiglu",),
+    "down": ("_down",),
     "head": ("_head",),
 }
 
 
-def loaded(model: str, context: int, batch: int, layers: int | None) -> FusedBackend:
+def bf16_tiles(paired: bool, streams: int, columns: int) -> Iterator[Tile]:
+    """Tiles that keep enough bytes under way, as far as registers can be told beforehand."""
+    least, owned = (UNDER_WAY, (8,)) if streams == 1 else (UNDER_WAY // 2, (4, 8))
+    for rows, own, warps, depth in itertools.product((1, 2, 4, 8), owned, (1, 2, 4, 8, 16), (1, 2, 3, 4, 6)):
+        wide, real = 32 * warps * own, rows * (2 if paired else 1)
+        registers = 28 + own * real * streams + depth * own * (real + streams) // 2
+        programs = min(REGISTERS // (registers * 32 * warps), THREADS // (32 * warps), 32)
+        bytes_under_way = programs * depth * real * wide * 2
+        if registers <= 200 and wide < 2 * columns and wide * (depth - 1) < columns and bytes_under_way >= least:
+            yield Tile(rows, wide, warps, depth)
+
+
+def int4_launches() -> Iterator[Launch]:
+    for warps, ahead in itertools.product(WARPS, (0, 1, 3)):
+        for blocks in range(1, WARPS_A_PROCESSOR // warps + 1):
+            if warps * blocks >= WARPS_A_PROCESSOR // 3:
+                yield Launch(warps, blocks, ahead)
+
+
+def loaded(args: argparse.Namespace, layers: int | None) -> FusedBackend:
     """The body with a cache of a context and its steps, filled with random numbers."""
-    architecture = Architecture.of(Composer(Catalog()).cell([f"model={model}"]).model)
+    architecture = Architecture.of(Composer(Catalog()).cell([f"model={args.model}"]).model)
     setup = Setup(
         architecture.cut(layers) if layers else architecture,
         RandomWeights(0),
         "cuda",
         torch.bfloat16,
-        batch,
+        args.batch,
         "static",
-        NoQuant(NoOptions()),
+        NoQuant(NoOptions()) if args.quant == "none" else Int4(Int4Options(head_bits=args.head_bits)),
         Sdpa(SdpaOptions()),
         NoOptions(),
     )
     backend = FusedBackend(setup)
-    backend.load(context + ROOM)
+    backend.load(args.context + ROOM)
     backend._cache.normal_()
-    backend.seek(context)
+    backend.seek(args.context)
     return backend
 
 
-def median_ms(backend: FusedBackend, context: int, batch: int) -> float:
-    """A captured step's replays, back to back: the median of some means."""
+def captured(backend: FusedBackend, batch: int) -> Any:
     token = torch.zeros(batch, dtype=torch.int64, device="cuda")
 
     def step() -> None:
         backend.decode_step(token)
 
-    graph = capture("the step", step, step)
-    times = []
-    for _ in range(REPEATS + 1):
+    return capture("the step", step, step)
+
+
+def replayed_ms(backend: FusedBackend, graph: Any, context: int) -> float:
+    """Replays, back to back: the median of some means."""
+    times: list[float] = []
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    for _ in range(REPEATS):
         backend.seek(context)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(REPLAYS):
             graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / REPLAYS)
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
-def shapes(a: Architecture) -> dict[str, tuple[int, int]]:
-    """Rows and columns of each product's weight."""
+@dataclass
+class Question:
+    """What a place may be given.
+
+    Attributes:
+        table: Where the answer goes.
+        place: Which.
+        cuts: What may be.
+    """
+
+    table: Table
+    place: Place
+    cuts: list[Any]
+
+
+def questions(args: argparse.Namespace, backend: FusedBackend, known: Tiles, launched: Launches) -> list[Question]:
+    device, a = torch.cuda.get_device_name(), backend.setup.architecture
+    streams = 0 if args.batch == 1 else args.batch
     q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
-    found = [(q + 2 * kv, a.hidden), (a.hidden, q), (2 * a.ffn, a.hidden), (a.hidden, a.ffn), (a.vocab, a.hidden)]
-    return dict(zip(PRODUCTS, found, strict=True))
+    shapes = [(q + 2 * kv, a.hidden), (a.hidden, q), (2 * a.ffn, a.hidden), (a.hidden, a.ffn), (a.vocab, a.hidden)]
+    found = []
+    for product, (rows, columns) in zip(PRODUCTS, shapes, strict=True):
+        if args.quant == "int4" and (product != "head" or args.head_bits == 4):
+            place = Place(device, "int4", rows, columns, streams)
+            found.append(Question(launched, place, list(int4_launches())))
+        else:
+            cuts = list(bf16_tiles(product in ("qkv", "swiglu"), args.batch, columns))
+            found.append(Question(known, Place(device, product, rows, columns, streams), cuts))
+    rows = args.context + ROOM
+    found.append(Question(known, Place(device, "attention", rows, a.kv_heads * args.batch), PARTS))
+    return found
+
+
+def compile_some(args: argparse.Namespace, share: int, shares: int) -> int:
+    """In a process of its own: one step with each candidate, so that Triton's cache has its kernels."""
+    with torch.inference_mode():
+        backend = loaded(args, 1)
+        known, launched = Tiles(tiles.table().known()), Launches(launches.table().known())
+        asked = [one for one in questions(args, backend, known, launched) if isinstance(one.table, Tiles)]
+        token, made = torch.zeros(args.batch, dtype=torch.int64, device="cuda"), 0
+        for number in range(share, max(len(one.cuts) for one in asked), shares):
+            for one in asked:
+                if number < len(one.cuts):
+                    known.set(one.place, one.cuts[number])
+                    made += 1
+            backend.cut(known, launched)
+            backend.seek(args.context)
+            backend.decode_step(token)
+            torch.cuda.synchronize()
+        return made
 
 
 def tune(args: argparse.Namespace) -> None:
-    backend = loaded(args.model, args.context, args.batch, args.layers)
-    device, a = torch.cuda.get_device_name(), backend.setup.architecture
-    known = Table(table().known())
+    backend = loaded(args, args.layers)
+    known, launched = Tiles(tiles.table().known()), Launches(launches.table().known())
+    asked = questions(args, backend, known, launched)
+    start, shares = time.monotonic(), min(14, max(1, (os.cpu_count() or 1) - 2))
+    with ProcessPoolExecutor(shares, multiprocessing.get_context("spawn")) as pool:
+        made = pool.map(compile_some, [args] * shares, range(shares), [shares] * shares)
+        print(f"compiled {sum(made)} kernels in {time.monotonic() - start:.0f} s", flush=True)
 
-    def timed(place: Place, tile: Tile | Parts) -> float:
-        tried = Table(known.known())
-        tried.set(place, tile)
-        backend.cut(tried)
+    def timed() -> float:
+        backend.cut(known, launched)
         try:
-            return median_ms(backend, args.context, args.batch)
+            return replayed_ms(backend, captured(backend, args.batch), args.context)
         except Exception as error:  # too much shared memory, say: no candidate
-            print(f"{place.product} {tile}: {str(error).splitlines()[0]}")
+            print(str(error).splitlines()[0])
             return float("inf")
 
-    best = median_ms(backend, args.context, args.batch)
-    print(f"{best:.4f} ms as it is, {a.layers} blocks", flush=True)
-    places = {Place(device, product, *shape): TILES for product, shape in shapes(a).items()}
-    places[Place(device, "attention", args.context + ROOM, a.kv_heads * args.batch)] = PARTS
-    for _, (place, tiles) in itertools.product(range(args.passes), places.items()):
-        for tile in tiles:
-            paired = 2 if place.product in ("qkv", "swiglu") else 1
-            if isinstance(tile, Tile) and paired * tile.rows * tile.columns > LARGEST * 32 * tile.warps:
-                continue
-            found = timed(place, tile)
-            if found < best * BETTER:
-                best = found
-                known.set(place, tile)
-                print(f"{best:.4f} ms with {place.product} {tile}", flush=True)
-    write(known)
-
-
-def write(known: Table) -> None:
-    """Into the table's file, below what it says of itself."""
-    head = [line for line in TABLE.read_text().splitlines() if line.startswith("#")]
-
-    def flow(mapping: dict[str, Any]) -> str:
-        return "{" + ", ".join(f"{key}: {value}" for key, value in mapping.items() if value) + "}"
-
-    rows = [f"- {{place: {flow(row['place'])}, tile: {flow(row['tile'])}}}" for row in known.known()]
-    TABLE.write_text("\n".join([*head, *rows]) + "\n")
+    timed()
+    best = timed()
+    print(f"{best:.4f} ms as it is, {backend.setup.architecture.layers} blocks", flush=True)
+    for turn in range(args.passes):
+        for one in asked:
+            was = one.table.find(one.place)
+            kept: Any = None
+            found = []
+            for cut in one.cuts:
+                one.table.set(one.place, cut)
+                found.append((timed(), cut))
+                if found[-1][0] >= best * BETTER or timed() >= best * BETTER:
+                    continue
+                best, kept = found[-1][0], cut
+                print(f"{best:.4f} ms with {one.place.product} {cut}", flush=True)
+            found.sort(key=lambda pair: pair[0])
+            if turn == 0:
+                print(one.place.product, "nearest:", *(f"{ms:.4f} {cut}" for ms, cut in found[:4]), sep="\n  ")
+            one.cuts = [cut for _, cut in found[:KEPT]]
+            if isinstance(one.cuts[0], Tile):
+                one.cuts += [replace(cut, ahead=not cut.ahead) for cut in one.cuts]
+            one.table.restore(one.place, vars(kept) if kept else was)
+            timed()
+            best = timed()
+    known.write(tiles.TABLE)
+    launched.write(launches.TABLE)
 
 
 def account(args: argparse.Namespace) -> None:
-    backend = loaded(args.model, args.context, args.batch, None)
-    a, whole = backend.setup.architecture, median_ms(backend, args.context, args.batch)
+    backend = loaded(args, None)
+    a = backend.setup.architecture
     q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
-    weights = {
+    numbers = {
         "qkv": a.layers * (q + 2 * kv) * a.hidden,
         "attention": a.kv_bytes_per_token(1) * args.context * args.batch,
-        "out, down": a.layers * a.hidden * (q + a.ffn),
+        "out": a.layers * a.hidden * q,
         "swiglu": a.layers * 2 * a.ffn * a.hidden,
+        "down": a.layers * a.hidden * a.ffn,
         "head": a.vocab * a.hidden,
     }
     step: Any = backend.step
-    logits = step._head()
-    rows = {"whole": {"ms": whole, "read_gbs": read_bandwidth("cuda")}}
+    logits = step._head(step._scaled, step._squares[-1])
+    residual = step._residual
+    left_out: list[str] = []
+    step._residual = lambda product, *rest: None if f"_{product}" in left_out else residual(product, *rest)
+    kept: dict[str, Callable[..., Any]] = {
+        name: getattr(step, name) for name in ("_qkv", "_attend", "_swiglu", "_head")
+    }
+    graphs = {"whole": captured(backend, args.batch)}
     for what, names in LAUNCHES.items():
-        kept: dict[str, Callable[..., Any]] = {name: getattr(step, name) for name in names}
+        left_out[:] = names
         for name in names:
-            setattr(step, name, lambda *_: logits)
-        taken = whole - median_ms(backend, args.context, args.batch)
+            if name in kept:
+                setattr(step, name, lambda *_: logits)
+        graphs[what] = captured(backend, args.batch)
         for name, method in kept.items():
             setattr(step, name, method)
-        rows[what] = {"ms": taken, "gb": 2 * weights[what] / 1e9, "gbs": 2 * weights[what] / 1e6 / taken}
+    left_out.clear()
+    times: dict[str, list[float]] = {what: [] for what in graphs}
+    for graph in graphs.values():
+        replayed_ms(backend, graph, args.context)
+    for _ in range(ROUNDS):
+        for what, graph in graphs.items():
+            times[what].append(replayed_ms(backend, graph, args.context))
+    whole = statistics.median(times["whole"])
+    rows = {"whole": {"ms": whole, "read_gbs": read_bandwidth("cuda")}}
+    for what in LAUNCHES:
+        taken = statistics.median(w - t for w, t in zip(times["whole"], times[what], strict=True))
+        packed = args.quant == "int4" and what != "attention" and (what != "head" or args.head_bits == 4)
+        gb = numbers[what] * (0.5 + 2 / 128 if packed else 2) / 1e9
+        rows[what] = {"ms": taken, "gb": gb, "gbs": gb / taken * 1e3}
     rows["rest"] = {"ms": whole - sum(row["ms"] for name, row in rows.items() if name != "whole")}
     for name, row in rows.items():
         print(name, {key: round(value, 4) for key, value in row.items()})
@@ -175,6 +282,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("tune", "account"))
     parser.add_argument("--model", default="qwen2.5-7b")
+    parser.add_argument("--quant", choices=("none", "int4"), default="none")
+    parser.add_argument("--head-bits", type=int, choices=(4, 16), default=4)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=8)

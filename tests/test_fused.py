@@ -30,7 +30,7 @@ def row(product: str, **cut: int) -> dict[str, Any]:
 
 
 WIDE = [row(product, rows=64, columns=128, warps=4) for product in PRODUCTS if product != "qkv"]
-WIDE += [row("qkv", rows=32, columns=128, warps=4), row("attention", parts=3, rows=4, warps=4)]
+WIDE += [row("qkv", rows=32, columns=64, warps=4, depth=3), row("attention", parts=3, rows=4, warps=4)]
 """Few programs, which the interpreter runs one after the other; and more than one tile and part of everything."""
 
 
@@ -326,18 +326,26 @@ NEAR = Tile(2, 512, 4)
 
 def test_the_nearest_tile_holds() -> None:
     known = Tiles([row(product, rows=8, columns=2048, warps=8) for product in PRODUCTS])
-    assert known.tile("a GPU", "out", 64, 4096, 64) == Tile(8, 2048, 8)
+    assert known.tile(Place("a GPU", "out", 64, 4096, 1), 64) == Tile(8, 2048, 8)
     known.set(Place("a GPU", "out"), Tile(4, 1024, 4))
     known.set(Place("a GPU", "out", 64, 4096), NEAR)
-    assert known.tile("a GPU", "out", 64, 4096, 64) == NEAR
-    assert known.tile("a GPU", "out", 64, 2048, 64) == Tile(4, 1024, 4)
-    assert known.tile("another", "out", 64, 4096, 64) == Tile(8, 2048, 8)
-    assert Tiles(known.known()).tile("a GPU", "out", 64, 4096, 64) == NEAR
+    assert known.tile(Place("a GPU", "out", 64, 4096, 1), 64) == NEAR
+    assert known.tile(Place("a GPU", "out", 64, 2048, 1), 64) == Tile(4, 1024, 4)
+    assert known.tile(Place("another", "out", 64, 4096, 1), 64) == Tile(8, 2048, 8)
+    assert Tiles(known.known()).tile(Place("a GPU", "out", 64, 4096, 1), 64) == NEAR
+
+
+def test_streams_may_have_a_tile_of_their_own() -> None:
+    known = Tiles([row("out", rows=8, columns=2048, warps=8)])
+    known.set(Place("a GPU", "out", 64, 4096), NEAR)
+    known.set(Place("a GPU", "out", 64, 4096, 4), Tile(4, 1024, 4))
+    assert known.tile(Place("a GPU", "out", 64, 4096, 1), 64) == NEAR
+    assert known.tile(Place("a GPU", "out", 64, 4096, 4), 64) == Tile(4, 1024, 4)
 
 
 def test_a_tile_divides_the_rows_and_is_no_wider_than_they_are() -> None:
     known = Tiles([row("out", rows=8, columns=2048, warps=8)])
-    assert known.tile("a GPU", "out", 40, 300, 20) == Tile(4, 512, 8)
+    assert known.tile(Place("a GPU", "out", 40, 300, 1), 20) == Tile(4, 512, 8)
 
 
 def test_every_part_of_a_cache_may_have_rows() -> None:
@@ -348,7 +356,7 @@ def test_every_part_of_a_cache_may_have_rows() -> None:
 
 def test_rfloor_s_own_table_has_a_tile_for_everything() -> None:
     for product in PRODUCTS:
-        table().tile("no such GPU", product, 4096, 4096, 64)
+        table().tile(Place("no such GPU", product, 4096, 4096, 1), 64)
     table().parts("no such GPU", 2083, 8)
 
 
@@ -361,7 +369,7 @@ def test_a_table_is_what_was_written(tmp_path: Path) -> None:
     assert path.read_text().startswith("# What it is for.\n- ")
     assert Tiles.read(path).known() == known.known()
     Table.read(path).write(path)
-    assert Tiles.read(path).tile("NVIDIA H200", "out", 64, 4096, 64) == Tile(4, 512, 2, ahead=True)
+    assert Tiles.read(path).tile(Place("NVIDIA H200", "out", 64, 4096, 1), 64) == Tile(4, 512, 2, ahead=True)
 
 
 def test_another_table_of_tiles_is_another_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """The step's products, each with what stands before and behind it fused around one read of the weights.
 
-A program multiplies a few rows of a weight with the activations of every stream. It loads its first tile before it
-waits for the kernel ahead (programmatic dependent launch), and each further tile one ahead of its use: what bounds a
-step is how many bytes are under way.
+A program multiplies a few rows of a weight with the activations of every stream. It loads its first tiles before it
+waits for the kernel ahead (programmatic dependent launch), and each further one that many ahead of its use: what
+bounds a step is how many bytes are under way.
 
 The residual stream is float32. Whoever adds to it leaves what the next norm's product reads: the row times that
 norm's gain, rounded (`scaled`), and the sum of its squares. So a product behind a norm reads two bytes an element and
@@ -10,8 +10,9 @@ multiplies its sums by the norm's scale. The squares are summed as whole numbers
 come does not show.
 
 Shapes: activations `[B, K]` of B streams, weights `[rows, K]`, K contiguous. A program has R rows, or R pairs of
-rows, of C columns at a time. Activations are loaded as `[C]`, a stream at a time, and what a thread has of them meets
-what it has of the weight: nothing changes hands through shared memory before the sums do.
+rows, of C columns at a time, and DEPTH of these tiles under way. Activations are loaded as `[C]`, a stream at a time,
+and what a thread has of them meets what it has of the weight: nothing changes hands through shared memory before the
+sums do.
 """
 
 from __future__ import annotations
@@ -59,33 +60,51 @@ def ask(weight, rows, K: tl.constexpr, LINES: tl.constexpr):
 
 
 @triton.jit
-def first_tile(weight, rows, K: tl.constexpr, C: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):
-    """`[rows, C]` of a weight, asked for before the wait for the kernels ahead; LINES is as for `ask`, or 0."""
+def first_tiles(
+    weight, rows, K: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr
+):
+    """DEPTH tiles of a weight, asked for before the wait for the kernels ahead; LINES is as for `ask`, or 0."""
     begin(PDL)
-    weights = tile(weight, rows, 0, K, C)
+    tiles = ()
+    for one in tl.static_range(DEPTH):
+        tiles = tiles + (tile(weight, rows, one * C, K, C),)
     if LINES:
         ask(weight, rows, K, LINES)
     wait(PDL)
-    return weights
+    return tiles
 
 
 @triton.jit
-def product(first, x, weight, rows, B: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
-    """`x @ weight[rows].T` in float32, `[rows]` for each stream; the tile `first` is already here."""
-    sums = ()
+def activations(x, start, B: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
+    """`[C]` of each stream, from a column on; past the end they are 0."""
+    columns, found = start + tl.arange(0, C), ()
+    for stream in tl.static_range(B):
+        found = found + (tl.load(x + stream * K + columns, mask=columns < K, other=0.0),)
+    return found
+
+
+@triton.jit
+def product(first, x, weight, rows, B: tl.constexpr, K: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr):
+    """`x @ weight[rows].T` in float32, `[rows]` for each stream; the tiles `first` are already here.
+
+    Activations are as far ahead as weights: whoever waits for them has nothing under way.
+    """
+    sums, values = (), ()
     for _ in tl.static_range(B):
-        sums = sums + (tl.zeros(first.shape, tl.float32),)
+        sums = sums + (tl.zeros(first[0].shape, tl.float32),)
+    for one in tl.static_range(DEPTH):
+        values = values + activations(x, one * C, B, K, C)
     weights = first
-    for start in range(0, K, C):
-        following = tile(weight, rows, start + C, K, C)
-        columns = start + tl.arange(0, C)
-        wide = weights.to(tl.float32)
-        grown = ()
-        for stream in tl.static_range(B):
-            values = tl.load(x + stream * K + columns, mask=columns < K, other=0.0).to(tl.float32)
-            grown = grown + (sums[stream] + values[None, :] * wide,)
-        sums = grown
-        weights = following
+    for start in range(0, K, DEPTH * C):
+        kept, following = (), ()
+        for one in tl.static_range(DEPTH):
+            wide, grown = weights[one].to(tl.float32), ()
+            for stream in tl.static_range(B):
+                grown = grown + (sums[stream] + values[one * B + stream].to(tl.float32)[None, :] * wide,)
+            sums = grown
+            kept = kept + (tile(weight, rows, start + (DEPTH + one) * C, K, C),)
+            following = following + activations(x, start + (DEPTH + one) * C, B, K, C)
+        weights, values = kept, following
     found = ()
     for stream in tl.static_range(B):
         found = found + (tl.sum(sums[stream], 1),)
@@ -132,6 +151,7 @@ def fused_qkv(
     K: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    DEPTH: tl.constexpr,
     LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -145,8 +165,8 @@ def fused_qkv(
     place = pair % half + tl.arange(0, R)  # in the first half of the head
     member = tl.arange(0, 2 * R)
     rows = head * D + pair % half + member % R + (member // R) * half
-    first = first_tile(weight, rows, K, C, LINES, PDL)
-    found = product(first, scaled, weight, rows, B, K, C)
+    first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
+    found = product(first, scaled, weight, rows, B, K, C, DEPTH)
     row = tl.load(length)
     turned = head < Q + KV
     c = tl.load(cos + row * half + place, mask=turned, other=1.0)
@@ -178,14 +198,15 @@ def fused_swiglu(
     K: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    DEPTH: tl.constexpr,
     LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Gate and up projection, `silu(gate) * up`. A program has R rows of each."""
     member = tl.arange(0, 2 * R)
     rows = tl.program_id(0) * R + member % R + (member // R) * F
-    first = first_tile(weight, rows, K, C, LINES, PDL)
-    found = product(first, scaled, weight, rows, B, K, C)
+    first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
+    found = product(first, scaled, weight, rows, B, K, C, DEPTH)
     at = tl.program_id(0) * R + tl.arange(0, R)
     for stream in tl.static_range(B):
         gate, up = halves(found[stream] * norm_scale(squares, stream, eps, K), R)
@@ -205,14 +226,15 @@ def fused_residual(
     K: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    DEPTH: tl.constexpr,
     LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A projection back into the residual stream, for the next norm. A program alone owns its R elements of it."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
     gains = tl.load(gain + rows).to(tl.float32)
-    first = first_tile(weight, rows, K, C, LINES, PDL)
-    found = product(first, inner, weight, rows, B, K, C)
+    first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
+    found = product(first, inner, weight, rows, B, K, C, DEPTH)
     for stream in tl.static_range(B):
         at = stream * N + rows
         sums = tl.load(x + at) + found[stream]
@@ -234,13 +256,14 @@ def fused_head(
     K: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    DEPTH: tl.constexpr,
     LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """LM head on what the last norm's product reads, or on what is NORMED already."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    first = first_tile(weight, rows, K, C, LINES, PDL)
-    found = product(first, scaled, weight, rows, B, K, C)
+    first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
+    found = product(first, scaled, weight, rows, B, K, C, DEPTH)
     for stream in tl.static_range(B):
         logit = found[stream]
         if not NORMED:

@@ -12,6 +12,7 @@ import triton
 from backends.fused.around import fused_embed, fused_norm, fused_rotate, fused_silu
 from backends.fused.attention import fused_attend, fused_combine
 from backends.fused.products import LINE, fused_head, fused_qkv, fused_residual, fused_swiglu
+from backends.tiles import Place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,7 +121,10 @@ class Step:
             "down": (a.hidden, a.ffn, a.hidden),
             "head": (a.vocab, a.hidden, a.vocab),
         }
-        self._tiles = {product: tiles.tile(name, product, *shape) for product, shape in shapes.items()}
+        self._tiles = {
+            product: tiles.tile(Place(name, product, rows, columns, streams), unit)
+            for product, (rows, columns, unit) in shapes.items()
+        }
         self._launches, self._place = launches, str(device)
         self._parts = tiles.parts(name, capacity, a.kv_heads * streams)
 
@@ -245,7 +249,8 @@ class Step:
     def _cut(self, product: str, columns: int) -> dict[str, Any]:
         tile = self._tiles[product]
         lines = triton.next_power_of_2(triton.cdiv(columns, LINE.value)) if tile.ahead and self._pdl["PDL"] else 0
-        cut = {"K": columns, "R": tile.rows, "C": tile.columns, "LINES": lines, "num_warps": tile.warps}
+        cut = {"K": columns, "R": tile.rows, "C": tile.columns, "DEPTH": tile.depth}
+        cut |= {"LINES": lines, "num_warps": tile.warps}
         return cut | {"B": self._streams} | self._pdl
 
     def _norm(self, gain: Tensor, added: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ class Tile:
         rows: Of the weight, a program; pairs of rows where the product pairs them.
         columns: Of the weight, at a time.
         warps: Of a program.
+        depth: How many such tiles a program has under way.
         ahead: Whether a program has all of its rows come into L2 while it waits for the kernel ahead: worth it where
             that one leaves the memory idle.
     """
@@ -27,6 +28,7 @@ class Tile:
     rows: int
     columns: int
     warps: int
+    depth: int = 2
     ahead: bool = False
 
 
@@ -48,9 +50,9 @@ class Parts:
 class Tiles(Table):
     """The tiles that are known; each product has one for any device."""
 
-    def tile(self, device: str, product: str, rows: int, columns: int, unit: int) -> Tile:
-        """For a weight `[rows, columns]`: one that is no wider than it has to be, and whose rows divide `unit`."""
-        tile = Tile(**(self.find(Place(device, product, rows, columns)) or {}))
+    def tile(self, place: Place, unit: int) -> Tile:
+        """For a weight: one that is no wider than it has to be, and whose rows divide `unit`."""
+        tile, columns = Tile(**(self.find(place) or {})), place.columns
         while unit % tile.rows:
             tile = replace(tile, rows=tile.rows // 2)
         return replace(tile, columns=min(tile.columns, _power(columns)))
