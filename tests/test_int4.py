@@ -1,11 +1,12 @@
 """Our int4: its layout held against PTX's own description of a tensor core tile, and the format's contract."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from planning import H200, Plan
+from planning import H200, Plan, refused
 
 from backends.int4.launches import Launch, Launches
 from backends.quant import groupwise
@@ -185,6 +186,11 @@ def test_another_kernel_is_another_measurement() -> None:
     folder = Path(inspect.getfile(Int4)).parent
     assert all((folder / name).is_file() for name in Int4.data)
     assert source_digest(Int4.__module__, Int4.data) != source_digest(Int4.__module__)
+
+
+def test_an_older_gpu_is_refused(plan: Plan) -> None:
+    older = replace(H200, name="NVIDIA L4", capability=(8, 9))
+    assert "compute capability 9.0" in refused(plan("quant=int4", device=older), Outcome.UNSUPPORTED).reason
 
 
 def test_groups_of_another_size_are_bad_input(plan: Plan) -> None:

@@ -38,6 +38,7 @@ class Int4(GptqLayout, LinearFormat):
     """
 
     executions = ("eager", "cuda_graph")
+    min_capability = (9, 0)  # programmatic dependent launch, and bulk requests for L2
     data = tuple(f"../int4/{name}" for name in ("product.cu", "product.h", "binding.cpp", "launches.yaml"))
     Options = Int4Options
 
