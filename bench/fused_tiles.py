@@ -8,7 +8,7 @@ twice, in the chain and not alone: what is best alone is not best behind another
 `backends/fused/tiles.yaml` and `backends/int4/launches.yaml` have and writes what it found there. `account` replays
 the whole step with each kind of launch left out in turn, whole steps between: what the step is shorter by is what
 that kind takes in the chain, and its bytes over that time are its GB/s there. Leaving a launch out changes what is
-computed and not what the others read.
+computed and not what the others read. Its last row is a step whose kernels do not come up early.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ REGISTERS, THREADS = 65536, 2048
 UNDER_WAY = 48 * 1024
 """Bytes that a processor has to have under way, at least, for a tile to be tried."""
 PARTS = [Parts(p, r, w) for p, r, w in itertools.product((11, 16, 22, 33, 44, 66), (16, 32, 64, 128), (2, 4, 8))]
+SERIAL = "each Triton kernel behind the one ahead"
 LAUNCHES = {
     "qkv": ("_qkv",),
     "attention": ("_attend",),
@@ -162,7 +163,8 @@ def questions(args: argparse.Namespace, backend: FusedBackend, known: Tiles, lau
             found.append(Question(known, Place(device, product, rows, columns, streams), cuts))
     rows = args.context + ROOM
     found.append(Question(known, Place(device, "attention", rows, a.kv_heads * args.batch), PARTS))
-    return found
+    named = (*PRODUCTS, "attention")
+    return [one for name, one in zip(named, found, strict=True) if name in args.only]
 
 
 def compile_some(args: argparse.Namespace, share: int, shares: int) -> int:
@@ -172,7 +174,7 @@ def compile_some(args: argparse.Namespace, share: int, shares: int) -> int:
         known, launched = Tiles(tiles.table().known()), Launches(launches.table().known())
         asked = [one for one in questions(args, backend, known, launched) if isinstance(one.table, Tiles)]
         token, made = torch.zeros(args.batch, dtype=torch.int64, device="cuda"), 0
-        for number in range(share, max(len(one.cuts) for one in asked), shares):
+        for number in range(share, max((len(one.cuts) for one in asked), default=0), shares):
             for one in asked:
                 if number < len(one.cuts):
                     known.set(one.place, one.cuts[number])
@@ -259,6 +261,9 @@ def account(args: argparse.Namespace) -> None:
         for name, method in kept.items():
             setattr(step, name, method)
     left_out.clear()
+    early, step._pdl = step._pdl, {"PDL": False}
+    graphs[SERIAL] = captured(backend, args.batch)
+    step._pdl = early
     times: dict[str, list[float]] = {what: [] for what in graphs}
     for graph in graphs.values():
         replayed_ms(backend, graph, args.context)
@@ -273,6 +278,7 @@ def account(args: argparse.Namespace) -> None:
         gb = numbers[what] * (0.5 + 2 / 128 if packed else 2) / 1e9
         rows[what] = {"ms": taken, "gb": gb, "gbs": gb / taken * 1e3}
     rows["rest"] = {"ms": whole - sum(row["ms"] for name, row in rows.items() if name != "whole")}
+    rows[SERIAL] = {"ms": statistics.median(times[SERIAL])}
     for name, row in rows.items():
         print(name, {key: round(value, 4) for key, value in row.items()})
     print(json.dumps(rows))
@@ -288,6 +294,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=(*PRODUCTS, "attention"), default=(*PRODUCTS, "attention"))
     args = parser.parse_args()
     with torch.inference_mode():
         {"tune": tune, "account": account}[args.what](args)
