@@ -109,8 +109,13 @@ def loaded(args: argparse.Namespace, layers: int | None) -> FusedBackend:
     return backend
 
 
-def captured(backend: FusedBackend, batch: int) -> Any:
-    token = torch.zeros(batch, dtype=torch.int64, device="cuda")
+def zeros(backend: FusedBackend) -> torch.Tensor:
+    """A token a stream."""
+    return torch.zeros(backend.setup.batch_size, dtype=torch.int64, device=backend.setup.device)
+
+
+def captured(backend: FusedBackend) -> Any:
+    token = zeros(backend)
 
     def step() -> None:
         backend.decode_step(token)
@@ -156,8 +161,7 @@ def questions(args: argparse.Namespace, backend: FusedBackend, known: Tiles, lau
     found = []
     for product, (rows, columns) in zip(PRODUCTS, shapes, strict=True):
         if args.quant == "int4" and (product != "head" or args.head_bits == 4):
-            place = Place(device, "int4", rows, columns, streams)
-            found.append(Question(launched, place, list(int4_launches())))
+            found.append(Question(launched, Place(device, "int4", rows, columns), list(int4_launches())))
         else:
             cuts = list(bf16_tiles(product in ("qkv", "swiglu"), args.batch, columns))
             found.append(Question(known, Place(device, product, rows, columns, streams), cuts))
@@ -173,7 +177,7 @@ def compile_some(args: argparse.Namespace, share: int, shares: int) -> int:
         backend = loaded(args, 1)
         known, launched = Tiles(tiles.table().known()), Launches(launches.table().known())
         asked = [one for one in questions(args, backend, known, launched) if isinstance(one.table, Tiles)]
-        token, made = torch.zeros(args.batch, dtype=torch.int64, device="cuda"), 0
+        token, made = zeros(backend), 0
         for number in range(share, max((len(one.cuts) for one in asked), default=0), shares):
             for one in asked:
                 if number < len(one.cuts):
@@ -198,7 +202,7 @@ def tune(args: argparse.Namespace) -> None:
     def timed() -> float:
         backend.cut(known, launched)
         try:
-            return replayed_ms(backend, captured(backend, args.batch), args.context)
+            return replayed_ms(backend, captured(backend), args.context)
         except Exception as error:  # too much shared memory, say: no candidate
             print(str(error).splitlines()[0])
             return float("inf")
@@ -251,18 +255,18 @@ def account(args: argparse.Namespace) -> None:
     kept: dict[str, Callable[..., Any]] = {
         name: getattr(step, name) for name in ("_qkv", "_attend", "_swiglu", "_head")
     }
-    graphs = {"whole": captured(backend, args.batch)}
+    graphs = {"whole": captured(backend)}
     for what, names in LAUNCHES.items():
         left_out[:] = names
         for name in names:
             if name in kept:
                 setattr(step, name, lambda *_: logits)
-        graphs[what] = captured(backend, args.batch)
+        graphs[what] = captured(backend)
         for name, method in kept.items():
             setattr(step, name, method)
     left_out.clear()
     early, step._pdl = step._pdl, {"PDL": False}
-    graphs[SERIAL] = captured(backend, args.batch)
+    graphs[SERIAL] = captured(backend)
     step._pdl = early
     times: dict[str, list[float]] = {what: [] for what in graphs}
     for graph in graphs.values():
