@@ -343,9 +343,10 @@ def test_streams_may_have_a_tile_of_their_own() -> None:
     assert known.tile(Place("a GPU", "out", 64, 4096, 4), 64) == Tile(4, 1024, 4)
 
 
-def test_a_tile_divides_the_rows_and_is_no_wider_than_they_are() -> None:
+def test_a_tile_divides_the_rows_and_is_no_larger_than_they_are() -> None:
     known = Tiles([row("out", rows=8, columns=2048, warps=8)])
-    assert known.tile(Place("a GPU", "out", 40, 300, 1), 20) == Tile(4, 512, 8)
+    assert known.tile(Place("a GPU", "out", 40, 300, 1), 20) == Tile(4, 512, 8, depth=1)
+    assert known.tile(Place("a GPU", "out", 40, 2049, 1), 20) == Tile(4, 2048, 8, depth=2)
 
 
 def test_every_part_of_a_cache_may_have_rows() -> None:

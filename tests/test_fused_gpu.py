@@ -12,6 +12,7 @@ from backends.attention.sdpa import Sdpa, SdpaOptions
 from backends.fused.body import FusedBackend
 from backends.hf import HfBackend
 from registry.api import Architecture, Backend, NoOptions, Setup
+from registry.capture import capture
 from registry.compose import Composer
 from registry.plugins import Catalog
 from registry.testing.tensors import ulp
@@ -20,6 +21,7 @@ from registry.weights import RandomWeights
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900), pytest.mark.filterwarnings("default")]
 
 CONTEXT, STEPS = 2048, 256
+REPEATS = 100
 WORSE = 1.2
 """By what factor the step's error may be larger than that of transformers' bf16 step."""
 MARGIN_ULPS = 6.0  # as registry.testing.BackendContract has it
@@ -128,6 +130,29 @@ def test_other_lengths(composer: Composer, context: int, batch: int) -> None:
         tokens, logits = greedy(fused, given)
         wanted = in_float32(fused, tokens, STEPS)
     assert error(logits, wanted) < 0.03, f"seed {seed}"
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("quant", ["none", "int4", "nf4"])
+@pytest.mark.parametrize("model", ["qwen2.5-0.5b", "qwen2.5-7b"])
+def test_a_step_gives_the_same_bits_each_time(composer: Composer, model: str, quant: str, batch: int) -> None:
+    """Captured or not. Kernels that come up early and read what is not there yet would not."""
+    seed = torch.seed() % 2**31
+    with loaded(FusedBackend, composer, model, quant, batch, CONTEXT, seed) as fused:
+        token = fused.prefill(prompt(fused.setup.architecture, batch, CONTEXT, seed)).argmax(-1)
+        wanted = fused.decode_step(token).clone()
+        held: list[torch.Tensor] = []
+
+        def step() -> None:
+            held[:] = [fused.decode_step(token)]
+
+        graph = capture("the step", step, step)
+        for number in range(REPEATS):
+            fused.seek(CONTEXT)
+            graph.replay()
+            assert torch.equal(held[0], wanted), f"seed {seed}: replay {number} differs"
+            fused.seek(CONTEXT)
+            assert torch.equal(fused.decode_step(token), wanted), f"seed {seed}: step {number} differs"
 
 
 @pytest.mark.parametrize("quant", ["none", "int4", "nf4"])

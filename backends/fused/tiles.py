@@ -51,11 +51,12 @@ class Tiles(Table):
     """The tiles that are known; each product has one for any device."""
 
     def tile(self, place: Place, unit: int) -> Tile:
-        """For a weight: one that is no wider than it has to be, and whose rows divide `unit`."""
+        """For a weight: one that is no wider or deeper than it has to be, and whose rows divide `unit`."""
         tile, columns = Tile(**(self.find(place) or {})), place.columns
         while unit % tile.rows:
             tile = replace(tile, rows=tile.rows // 2)
-        return replace(tile, columns=min(tile.columns, _power(columns)))
+        wide = min(tile.columns, _power(columns))
+        return replace(tile, columns=wide, depth=min(tile.depth, -(-columns // wide)))
 
     def parts(self, device: str, capacity: int, heads: int) -> Parts:
         """For a cache of this many rows, `heads` of key heads and streams together: no part is without a row."""
