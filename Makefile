@@ -8,7 +8,7 @@ ARGS ?=
 EXTRAS ?= nf4,gptq,exl2
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: run test services fuzz soak lint ui bench legacy clean
+.PHONY: run test services fuzz soak sanitize lint ui bench legacy clean
 
 run: $(VENV)/run.stamp  ## measure: make run ARGS="-m quant=none,nf4"
 	@$(BIN)/python runner.py $(ARGS)
@@ -26,6 +26,10 @@ fuzz: $(VENV)/dev.stamp  ## ten thousand strange calls and damaged files; some m
 
 soak: $(VENV)/dev.stamp  ## a sweep of 500 cells, or of RFLOOR_SOAK_CELLS: an hour
 	$(BIN)/python -m pytest tests/test_soak.py -m soak $(ARGS)
+
+sanitize: $(VENV)/dev.stamp  ## compute-sanitizer over the kernels of fused and int4, on a GPU
+	compute-sanitizer --tool memcheck --error-exitcode 9 $(BIN)/python -m pytest tests/test_int4.py tests/test_fused.py \
+		-k "full_forward or multiplies" $(ARGS)
 
 lint: $(VENV)/dev.stamp  ## ruff, and mypy strict on registry and backends
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,7 +21,7 @@ class Place:
         product: Which kernel, in the step's words.
         rows: Of the weight; of the cache.
         columns: Of the weight; heads of the cache, all streams' together.
-        streams: At a time.
+        streams: At a time; 0 where there may be any.
     """
 
     device: str
@@ -57,6 +58,16 @@ class Table:
         """The nearest that is known, if anything is."""
         return next((self._known[one] for one in place.general() if one in self._known), None)
 
+    def nearest(self, place: Place) -> dict[str, Any] | None:
+        """Of the same device, product and columns, what is known of the nearest number of rows."""
+        found = [one for one in self._known if one.rows and replace(one, rows=place.rows) == place]
+        best = min(found, key=lambda one: abs(math.log(one.rows / place.rows)), default=None)
+        return self._known[best] if best else self.find(place)
+
+    def exactly(self, place: Place) -> dict[str, Any] | None:
+        """What is known of this place itself."""
+        return self._known.get(place)
+
     def known(self) -> list[dict[str, Any]]:
         """The rows, as a file has them."""
         return [{"place": vars(place), "cut": cut} for place, cut in self._known.items()]
@@ -71,7 +82,7 @@ class Table:
         self._known[place] = vars(cut)
 
     def restore(self, place: Place, cut: dict[str, Any] | None) -> None:
-        """Have a place as `find` gave it."""
+        """Have a place as `exactly` gave it."""
         if cut is None:
             self._known.pop(place, None)
         else:

@@ -14,6 +14,7 @@ computed and not what the others read. Its last row is a step whose kernels do n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -25,11 +26,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from backends.attention.sdpa import Sdpa, SdpaOptions
 from backends.fused import tiles
 from backends.fused.body import FusedBackend
-from backends.fused.tiles import PRODUCTS, Parts, Tile, Tiles
+from backends.fused.tiles import PRODUCTS, VECTOR, WARP, Parts, Tile, Tiles
 from backends.int4 import launches
 from backends.int4.launches import WARPS, WARPS_A_PROCESSOR, Launch, Launches
 from backends.quant.int4 import Int4, Int4Options
@@ -39,6 +41,7 @@ from registry.api import Architecture, NoOptions, Setup
 from registry.capture import capture
 from registry.compose import Composer
 from registry.measure import read_bandwidth
+from registry.outcome import Refused
 from registry.plugins import Catalog
 from registry.weights import RandomWeights
 
@@ -57,7 +60,12 @@ REGISTERS, THREADS = 65536, 2048
 """Of a processor."""
 UNDER_WAY = 48 * 1024
 """Bytes that a processor has to have under way, at least, for a tile to be tried."""
-PARTS = [Parts(p, r, w) for p, r, w in itertools.product((11, 16, 22, 33, 44, 66), (16, 32, 64, 128), (2, 4, 8))]
+PARTS = [
+    Parts(parts, rows, warps)
+    for parts, rows, warps in itertools.product((11, 16, 22, 33, 44, 66), (16, 32, 64, 128), (2, 4, 8))
+    if rows <= 16 * warps
+]
+"""Whose tiles fit into registers."""
 SERIAL = "each Triton kernel behind the one ahead"
 LAUNCHES = {
     "qkv": ("_qkv",),
@@ -71,11 +79,12 @@ LAUNCHES = {
 
 def bf16_tiles(paired: bool, streams: int, columns: int) -> Iterator[Tile]:
     """Tiles that keep enough bytes under way, as far as registers can be told beforehand."""
-    least, owned = (UNDER_WAY, (8,)) if streams == 1 else (UNDER_WAY // 2, (4, 8))
-    for rows, own, warps, depth in itertools.product((1, 2, 4, 8), owned, (1, 2, 4, 8, 16), (1, 2, 3, 4, 6)):
-        wide, real = 32 * warps * own, rows * (2 if paired else 1)
+    least = UNDER_WAY if streams == 1 else UNDER_WAY // 2
+    for rows, warps, depth in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 3, 4, 6)):
+        own, real = VECTOR, rows * (2 if paired else 1)
+        wide = WARP * warps * own
         registers = 28 + own * real * streams + depth * own * (real + streams) // 2
-        programs = min(REGISTERS // (registers * 32 * warps), THREADS // (32 * warps), 32)
+        programs = min(REGISTERS // (registers * WARP * warps), THREADS // (WARP * warps), 32)
         bytes_under_way = programs * depth * real * wide * 2
         if registers <= 200 and wide < 2 * columns and wide * (depth - 1) < columns and bytes_under_way >= least:
             yield Tile(rows, wide, warps, depth)
@@ -155,7 +164,7 @@ class Question:
 
 def questions(args: argparse.Namespace, backend: FusedBackend, known: Tiles, launched: Launches) -> list[Question]:
     device, a = torch.cuda.get_device_name(), backend.setup.architecture
-    streams = 0 if args.batch == 1 else args.batch
+    streams = args.batch
     q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
     shapes = [(q + 2 * kv, a.hidden), (a.hidden, q), (2 * a.ffn, a.hidden), (a.hidden, a.ffn), (a.vocab, a.hidden)]
     found = []
@@ -185,7 +194,8 @@ def compile_some(args: argparse.Namespace, share: int, shares: int) -> int:
                     made += 1
             backend.cut(known, launched)
             backend.seek(args.context)
-            backend.decode_step(token)
+            with contextlib.suppress(OutOfResources):
+                backend.decode_step(token)
             torch.cuda.synchronize()
         return made
 
@@ -203,8 +213,8 @@ def tune(args: argparse.Namespace) -> None:
         backend.cut(known, launched)
         try:
             return replayed_ms(backend, captured(backend), args.context)
-        except Exception as error:  # too much shared memory, say: no candidate
-            print(str(error).splitlines()[0])
+        except (OutOfResources, Refused) as error:  # too much shared memory, say: no candidate
+            print(error)
             return float("inf")
 
     timed()
@@ -212,7 +222,7 @@ def tune(args: argparse.Namespace) -> None:
     print(f"{best:.4f} ms as it is, {backend.setup.architecture.layers} blocks", flush=True)
     for turn in range(args.passes):
         for one in asked:
-            was = one.table.find(one.place)
+            was = one.table.exactly(one.place)
             kept: Any = None
             found = []
             for cut in one.cuts:
@@ -255,7 +265,7 @@ def account(args: argparse.Namespace) -> None:
     kept: dict[str, Callable[..., Any]] = {
         name: getattr(step, name) for name in ("_qkv", "_attend", "_swiglu", "_head")
     }
-    graphs = {"whole": captured(backend)}
+    plain, graphs = captured(backend), {}
     for what, names in LAUNCHES.items():
         left_out[:] = names
         for name in names:
@@ -268,21 +278,27 @@ def account(args: argparse.Namespace) -> None:
     early, step._pdl = step._pdl, {"PDL": False}
     graphs[SERIAL] = captured(backend)
     step._pdl = early
-    times: dict[str, list[float]] = {what: [] for what in graphs}
-    for graph in graphs.values():
-        replayed_ms(backend, graph, args.context)
+
+    def ms(graph: Any) -> float:
+        return replayed_ms(backend, graph, args.context)
+
+    ms(plain)
+    wholes: list[float] = [ms(plain)]
+    shorter: dict[str, list[float]] = {what: [] for what in graphs}
     for _ in range(ROUNDS):
         for what, graph in graphs.items():
-            times[what].append(replayed_ms(backend, graph, args.context))
-    whole = statistics.median(times["whole"])
+            less = ms(graph)
+            wholes.append(ms(plain))
+            shorter[what].append(statistics.mean(wholes[-2:]) - less)
+    whole = statistics.median(wholes)
     rows = {"whole": {"ms": whole, "read_gbs": read_bandwidth("cuda")}}
     for what in LAUNCHES:
-        taken = statistics.median(w - t for w, t in zip(times["whole"], times[what], strict=True))
+        taken = statistics.median(shorter[what])
         packed = args.quant == "int4" and what != "attention" and (what != "head" or args.head_bits == 4)
         gb = numbers[what] * (0.5 + 2 / 128 if packed else 2) / 1e9
         rows[what] = {"ms": taken, "gb": gb, "gbs": gb / taken * 1e3}
     rows["rest"] = {"ms": whole - sum(row["ms"] for name, row in rows.items() if name != "whole")}
-    rows[SERIAL] = {"ms": statistics.median(times[SERIAL])}
+    rows[SERIAL] = {"ms": whole - statistics.median(shorter[SERIAL])}
     for name, row in rows.items():
         print(name, {key: round(value, 4) for key, value in row.items()})
     print(json.dumps(rows))

@@ -105,7 +105,6 @@ def main() -> None:
         decoder = Decoder(a, args.context + WARMUP + MEASURED)
         for tensor in [*decoder.parameters(), *(cache for b in decoder.blocks for cache in (b.keys, b.values))]:
             tensor.normal_(std=0.02)
-        decoder.rows = torch.arange(len(decoder.rows))
         step = torch.compile(decoder, mode=args.mode, fullgraph=True)
         token = torch.zeros(1, 1, dtype=torch.int64)
         medians = []

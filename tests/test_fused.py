@@ -66,7 +66,7 @@ class TestFused(BackendContract):
     formats = ("none",)
     prompt_tokens = 5
     steps = 3
-    buffer_bytes = 2**20
+    buffer_bytes = 2**20  # what the parts of the cache find, and every activation of a step
 
 
 class TestFusedAroundLayers(TestFused):
@@ -270,11 +270,39 @@ def test_other_shapes(what: str) -> None:
     suite().test_steps_equal_a_full_forward("static", "none", 2)
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_nothing_is_read_that_was_not_written(quant: str) -> None:
-    """Buffers and the unused rows of the cache hold NaNs before the first step."""
-    suite = type("Suite", (TestFused,), {"plugin": Poisoned, "formats": (quant,)})
-    suite().test_steps_equal_a_full_forward("static", quant, 1)
+class PoisonedInt4(Poisoned, Packs):
+    """The same, with its int4 kernels."""
+
+
+@pytest.mark.parametrize(("quant", "body"), [("none", Poisoned), ("nf4", Poisoned), ("int4", PoisonedInt4)])
+def test_nothing_is_read_that_was_not_written(quant: str, body: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers, the unused rows of the cache and whatever is allocated hold NaNs before the first step."""
+    import torch
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("backends.int4.product.extension", Int4Kernels)
+    shape = TestFusedInt4.architecture
+    suite = type("Suite", (TestFused,), {"plugin": body, "formats": (quant,), "architecture": shape})
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what torch.empty gives with NaNs
+    try:
+        assert torch.empty(8).isnan().all()
+        suite().test_steps_equal_a_full_forward("static", quant, 1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_stranger_s_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example plugin's layers, which know nothing of this body."""
+    monkeypatch.syspath_prepend(Path(__file__).with_name("plugin_example"))
+    from rfloor_example.int8 import Int8Rowwise
+
+    class Suite(TestFused):
+        formats = ("int8-rowwise",)
+
+        def linear(self, quant: str) -> Any:
+            return Int8Rowwise(Int8Rowwise.Options())
+
+    Suite().test_steps_equal_a_full_forward("static", "int8-rowwise", 2)
 
 
 def test_a_prompt_of_every_part() -> None:
@@ -321,7 +349,7 @@ def test_eager_keeps_its_growing_cache_in_other_bodies(plan: Plan) -> None:
     assert plan("backend=hf").config.execution.cache == "dynamic"
 
 
-NEAR = Tile(2, 512, 4)
+NEAR = Tile(2, 1024, 4)
 
 
 def test_the_nearest_tile_holds() -> None:
@@ -345,14 +373,20 @@ def test_streams_may_have_a_tile_of_their_own() -> None:
 
 def test_a_tile_divides_the_rows_and_is_no_larger_than_they_are() -> None:
     known = Tiles([row("out", rows=8, columns=2048, warps=8)])
-    assert known.tile(Place("a GPU", "out", 40, 300, 1), 20) == Tile(4, 512, 8, depth=1)
+    assert known.tile(Place("a GPU", "out", 40, 300, 1), 20) == Tile(4, 512, 2, depth=1)
+    assert known.tile(Place("a GPU", "out", 40, 100, 1), 20) == Tile(4, 128, 1, depth=1)
     assert known.tile(Place("a GPU", "out", 40, 2049, 1), 20) == Tile(4, 2048, 8, depth=2)
 
 
-def test_every_part_of_a_cache_may_have_rows() -> None:
+def test_parts_are_those_of_the_nearest_length_and_may_all_have_rows() -> None:
     known = Tiles([row("attention", parts=33, rows=64, warps=4)])
     assert known.parts("a GPU", 2083, 4) == Parts(33, 64, 4)
     assert known.parts("a GPU", 100, 4) == Parts(2, 64, 4)
+    known.set(Place("a GPU", "attention", 2083, 4), Parts(22, 32, 4))
+    known.set(Place("a GPU", "attention", 16419, 4), Parts(66, 64, 4))
+    assert known.parts("a GPU", 4131, 4) == Parts(22, 32, 4)
+    assert known.parts("a GPU", 8227, 4) == Parts(66, 64, 4)
+    assert known.parts("a GPU", 2083, 8) == Parts(33, 64, 4), "of other heads nothing is known"
 
 
 def test_rfloor_s_own_table_has_a_tile_for_everything() -> None:

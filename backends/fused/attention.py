@@ -1,9 +1,9 @@
 """Attention of one token a stream: the cache in parts, one program each, then what the parts found put together.
 
 The query heads that share a key head are the rows of one tile, padded to the sixteen that a tensor core takes, so
-keys and values are read once a group. The parts are of equal length whatever the cache holds, so every program has
-work. All rows but this token's are there before the step begins: a program's first tile of them is under way before
-it waits for the kernel ahead.
+keys and values are read once a group. The parts are of equal length whatever the cache holds; of a short one the last
+may be empty. All rows but this token's are there before the step begins: a program's first tile of them is under way
+before it waits for the kernel ahead.
 """
 
 from __future__ import annotations
@@ -27,11 +27,17 @@ def dot(one, two, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def cached(rows, place, step, old, end, D: tl.constexpr):
-    """`[N, D]` of keys or values from before this step."""
-    row, column = place + step, tl.arange(0, D)
-    here = (row < end) & (row < old)
-    return tl.load(rows + row[:, None] * D + column[None, :], mask=here[:, None], other=0.0)
+def cached(rows, start, step, end, D: tl.constexpr):
+    """`[N, D]` of keys or values, from a row on; from `end` on they are 0."""
+    row, column = start + step, tl.arange(0, D)
+    return tl.load(rows + row[:, None] * D + column[None, :], mask=(row < end)[:, None], other=0.0)
+
+
+@triton.jit
+def joined(rows, start, step, old, before, D: tl.constexpr):
+    """`before`, this token's row with it. Loaded as it lies there, so that no thread waits for another's."""
+    row, column = start + step, tl.arange(0, D)
+    return tl.load(rows + row[:, None] * D + column[None, :], mask=(row == old)[:, None], other=before)
 
 
 @triton.jit
@@ -63,19 +69,17 @@ def fused_attend(
     old = tl.load(length)
     share = tl.cdiv(old + 1, PARTS)
     start, end = part * share, tl.minimum(part * share + share, old + 1)
-    k = cached(keys + place, start, step, old, end, D)
-    v = cached(values + place, start, step, old, end, D)
+    k = cached(keys + place, start, step, tl.minimum(end, old), D)
+    v = cached(values + place, start, step, tl.minimum(end, old), D)
     wait(PDL)
-    new = place + old.to(tl.int64) * D + column
-    key, value = tl.load(keys + new), tl.load(values + new)
+    k = joined(keys + place, start, step, old, k, D)
+    v = joined(values + place, start, step, old, v, D)
     query = tl.load(q + own[:, None] * D + column[None, :], mask=valid[:, None], other=0.0)
     peak = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     found = tl.zeros([HEADS, D], tl.float32)
     for at in range(start, end, N):
         row = at + step
-        latest = (row == old)[:, None]
-        k, v = tl.where(latest, key[None, :], k), tl.where(latest, value[None, :], v)
         products = dot(query, tl.trans(k), INTERPRETED) * (scale * LOG2E)
         products = tl.where((row < end)[None, :], products, float("-inf"))
         higher = tl.maximum(peak, tl.max(products, 1))
@@ -84,8 +88,8 @@ def fused_attend(
         total = total * shrunk + tl.sum(weights, 1)
         found = found * shrunk[:, None] + dot(weights.to(v.dtype), v, INTERPRETED)
         peak = higher
-        k = cached(keys + place, at + N, step, old, end, D)
-        v = cached(values + place, at + N, step, old, end, D)
+        k = cached(keys + place, at + N, step, end, D)
+        v = cached(values + place, at + N, step, end, D)
     at = own * PARTS + part
     tl.store(sums + at[:, None] * D + column[None, :], found, mask=valid[:, None])
     tl.store(peaks + at * 2, peak, mask=valid)

@@ -12,7 +12,7 @@ come does not show.
 Shapes: activations `[B, K]` of B streams, weights `[rows, K]`, K contiguous. A program has R rows, or R pairs of
 rows, of C columns at a time, and DEPTH of these tiles under way. Activations are loaded as `[C]`, a stream at a time,
 and what a thread has of them meets what it has of the weight: nothing changes hands through shared memory before the
-sums do.
+sums do, as long as a thread has eight columns of a row. What else a product needs is loaded before it.
 """
 
 from __future__ import annotations
@@ -118,9 +118,12 @@ def whole(number):
 
 
 @triton.jit
-def norm_scale(squares, stream, eps, K: tl.constexpr):
-    """What a stream's product behind a norm is to be multiplied by."""
-    return tl.rsqrt(tl.load(squares + stream).to(tl.float32) * (1 / (UNIT * K)) + eps)
+def norm_scales(squares, eps, B: tl.constexpr, K: tl.constexpr):
+    """What each stream's product behind a norm is to be multiplied by."""
+    scales = ()
+    for stream in tl.static_range(B):
+        scales = scales + (tl.rsqrt(tl.load(squares + stream).to(tl.float32) * (1 / (UNIT * K)) + eps),)
+    return scales
 
 
 @triton.jit
@@ -165,16 +168,16 @@ def fused_qkv(
     place = pair % half + tl.arange(0, R)  # in the first half of the head
     member = tl.arange(0, 2 * R)
     rows = head * D + pair % half + member % R + (member // R) * half
-    first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
-    found = product(first, scaled, weight, rows, B, K, C, DEPTH)
     row = tl.load(length)
     turned = head < Q + KV
     c = tl.load(cos + row * half + place, mask=turned, other=1.0)
     s = tl.load(sin + row * half + place, mask=turned, other=0.0)
+    biases = tl.load(bias + rows).to(tl.float32) if BIASED else 0.0
+    first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
+    scales = norm_scales(squares, eps, B, K)
+    found = product(first, scaled, weight, rows, B, K, C, DEPTH)
     for stream in tl.static_range(B):
-        both = found[stream] * norm_scale(squares, stream, eps, K)
-        if BIASED:
-            both += tl.load(bias + rows).to(tl.float32)
+        both = found[stream] * scales[stream] + biases
         one, two = halves(both, R)
         if head < Q:
             out = q + (stream * Q + head) * D + place
@@ -206,10 +209,11 @@ def fused_swiglu(
     member = tl.arange(0, 2 * R)
     rows = tl.program_id(0) * R + member % R + (member // R) * F
     first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
+    scales = norm_scales(squares, eps, B, K)
     found = product(first, scaled, weight, rows, B, K, C, DEPTH)
     at = tl.program_id(0) * R + tl.arange(0, R)
     for stream in tl.static_range(B):
-        gate, up = halves(found[stream] * norm_scale(squares, stream, eps, K), R)
+        gate, up = halves(found[stream] * scales[stream], R)
         tl.store(out + stream * F + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty))
 
 
@@ -234,10 +238,12 @@ def fused_residual(
     rows = tl.program_id(0) * R + tl.arange(0, R)
     gains = tl.load(gain + rows).to(tl.float32)
     first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
+    before = ()
+    for stream in tl.static_range(B):
+        before = before + (tl.load(x + stream * N + rows),)
     found = product(first, inner, weight, rows, B, K, C, DEPTH)
     for stream in tl.static_range(B):
-        at = stream * N + rows
-        sums = tl.load(x + at) + found[stream]
+        at, sums = stream * N + rows, before[stream] + found[stream]
         tl.store(x + at, sums)
         tl.store(scaled + at, (sums * gains).to(scaled.dtype.element_ty))
         tl.atomic_add(squares + stream, whole(tl.sum(sums * sums, 0)), sem="relaxed")
@@ -263,9 +269,7 @@ def fused_head(
     """LM head on what the last norm's product reads, or on what is NORMED already."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
     first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
+    scales = (1.0,) * B if NORMED else norm_scales(squares, eps, B, K)
     found = product(first, scaled, weight, rows, B, K, C, DEPTH)
     for stream in tl.static_range(B):
-        logit = found[stream]
-        if not NORMED:
-            logit *= norm_scale(squares, stream, eps, K)
-        tl.store(logits + stream * N + rows, logit)
+        tl.store(logits + stream * N + rows, found[stream] * scales[stream])

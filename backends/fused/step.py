@@ -150,11 +150,12 @@ class Step:
         for index, (block, (before, after)) in enumerate(zip(w.blocks, w.norms, strict=True)):
             if isinstance(block, Hosted):
                 normed = self._norm(before, pending)
-                query = block.q(normed)
-                self._rotate(index, query, block.k(normed), block.v(normed))
+                query, key, value = (layer(normed).contiguous() for layer in (block.q, block.k, block.v))
+                self._rotate(index, query, key, value)
                 self._attend(index, query)
-                normed = self._norm(after, block.out(self._attended))
-                pending = block.down(self._silu(block.gate(normed), block.up(normed)))
+                normed = self._norm(after, block.out(self._attended).contiguous())
+                gate, up = (layer(normed).contiguous() for layer in (block.gate, block.up))
+                pending = block.down(self._silu(gate, up)).contiguous()
                 continue
             following = w.norms[index + 1][0] if index + 1 < len(w.norms) else w.norm
             self._qkv(index, block)

@@ -9,6 +9,8 @@ from pathlib import Path
 from backends.tiles import Place, Table
 
 TABLE = Path(__file__).with_name("tiles.yaml")
+WARP, VECTOR = 32, 8
+"""Threads, and columns of a row that a thread loads at a time."""
 PRODUCTS = ("qkv", "out", "swiglu", "down", "head")
 
 
@@ -51,16 +53,17 @@ class Tiles(Table):
     """The tiles that are known; each product has one for any device."""
 
     def tile(self, place: Place, unit: int) -> Tile:
-        """For a weight: one that is no wider or deeper than it has to be, and whose rows divide `unit`."""
+        """For a weight: one that is no larger than it has to be, and whose rows divide `unit`."""
         tile, columns = Tile(**(self.find(place) or {})), place.columns
         while unit % tile.rows:
             tile = replace(tile, rows=tile.rows // 2)
         wide = min(tile.columns, _power(columns))
-        return replace(tile, columns=wide, depth=min(tile.depth, -(-columns // wide)))
+        warps = min(tile.warps, max(1, wide // (WARP * VECTOR)))
+        return replace(tile, columns=wide, warps=warps, depth=min(tile.depth, -(-columns // wide)))
 
     def parts(self, device: str, capacity: int, heads: int) -> Parts:
-        """For a cache of this many rows, `heads` of key heads and streams together: no part is without a row."""
-        found = Parts(**(self.find(Place(device, "attention", capacity, heads)) or {}))
+        """For a cache of this many rows, `heads` of key heads and streams together."""
+        found = Parts(**(self.nearest(Place(device, "attention", capacity, heads)) or {}))
         return replace(found, parts=min(found.parts, -(-capacity // found.rows)))
 
 
