@@ -89,6 +89,7 @@ def test_what_a_report_may_be_made_of_is_what_there_is() -> None:
         ("quant", 15),
         ("profile", 2),
         ("body", 15),
+        ("floor", 26),
     ],
 )
 def test_how_many_cells(composer: Composer, name: str, cells: int) -> None:

@@ -274,6 +274,7 @@ class PoisonedInt4(Poisoned, Packs):
     """The same, with its int4 kernels."""
 
 
+@pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
 @pytest.mark.parametrize(("quant", "body"), [("none", Poisoned), ("nf4", Poisoned), ("int4", PoisonedInt4)])
 def test_nothing_is_read_that_was_not_written(quant: str, body: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers, the unused rows of the cache and whatever is allocated hold NaNs before the first step."""
