@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from backends.fused.tiles import Tiles
-    from backends.int4.launches import Launches
     from backends.int4.stacked import Stored
+    from backends.native.launches import Launches
     from registry.api import Architecture
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -182,14 +182,18 @@ class Step:
         a, w, weight, eps = self._a, self._weights, block.qkv, self._a.rms_norm_eps
         normed = (self._scaled, self._squares[2 * index])
         cached = (w.cos, w.sin, self.length, self._q, self._keys[index], self._values[index])
-        if isinstance(weight, torch.Tensor):
+        stored = self._stored(weight)
+        if stored is None:
+            assert isinstance(weight, torch.Tensor)
             heads = {"Q": a.q_heads, "KV": a.kv_heads, "D": a.head_dim, "BIASED": block.bias is not None}
             fused_qkv[(weight.shape[0] // 2 // self._tiles["qkv"].rows,)](
                 *(*normed, weight, weight if block.bias is None else block.bias, *cached, self._capacity, eps),
                 **(heads | self._cut("qkv", a.hidden)),
             )
         else:
-            self._int4.qkv(*normed, eps, weight.words, weight.scales, weight.bias, *cached, *self._launch(weight))
+            words, launch = stored
+            bias = block.bias if isinstance(weight, torch.Tensor) else weight.bias
+            self._native.qkv(*normed, eps, *words, bias, *cached, *launch)
 
     def _attend(self, index: int, query: Tensor) -> None:
         a, cut, keys, values = self._a, self._parts, self._keys[index], self._values[index]
@@ -206,46 +210,56 @@ class Step:
 
     def _swiglu(self, weight: Tensor | Stored, squares: Tensor) -> None:
         a, eps = self._a, self._a.rms_norm_eps
-        if isinstance(weight, torch.Tensor):
+        stored = self._stored(weight)
+        if stored is None:
             fused_swiglu[(a.ffn // self._tiles["swiglu"].rows,)](
                 *(self._scaled, squares, weight, self._inner, eps), **({"F": a.ffn} | self._cut("swiglu", a.hidden))
             )
         else:
-            stored = (weight.words, weight.scales)
-            self._int4.swiglu(self._scaled, squares, eps, *stored, self._inner, *self._launch(weight))
+            words, launch = stored
+            self._native.swiglu(self._scaled, squares, eps, *words, self._inner, *launch)
 
     def _residual(self, product: str, inner: Tensor, weight: Tensor | Stored, gain: Tensor, squares: Tensor) -> None:
         joined = (gain, self._scaled, squares)
-        if isinstance(weight, torch.Tensor):
+        stored = self._stored(weight)
+        if stored is None:
+            assert isinstance(weight, torch.Tensor)
             rows, columns = weight.shape
             fused_residual[(rows // self._tiles[product].rows,)](
                 self._x, inner, weight, *joined, N=rows, **self._cut(product, columns)
             )
         else:
-            self._int4.residual(inner, weight.words, weight.scales, self._x, *joined, *self._launch(weight))
+            words, launch = stored
+            self._native.residual(inner, *words, self._x, *joined, *launch)
 
     def _head(self, x: Tensor, squares: Tensor | None) -> Tensor:
         """Logits of what the last norm's product reads; of what is normed already where there are no squares."""
         a, head = self._a, self._weights.head
         logits = torch.empty(self._streams, a.vocab, dtype=torch.float32, device=x.device)
-        if isinstance(head, torch.Tensor):
+        assert not callable(head) or isinstance(head, torch.Tensor)
+        stored = self._stored(head)
+        if stored is None:
             fused_head[(a.vocab // self._tiles["head"].rows,)](
                 *(x, self._squares[-1] if squares is None else squares, head, logits, a.rms_norm_eps),
                 **({"NORMED": squares is None, "N": a.vocab} | self._cut("head", a.hidden)),
             )
-        elif not callable(head):
-            stored = (head.words, head.scales)
-            self._int4.logits(x, squares, a.rms_norm_eps, *stored, logits, *self._launch(head))
+        else:
+            words, launch = stored
+            self._native.logits(x, squares, a.rms_norm_eps, *words, logits, *launch)
         return logits
 
     @property
-    def _int4(self) -> Any:
-        from backends.int4.product import extension
+    def _native(self) -> Any:
+        from backends.native.loader import extension
 
         return extension()
 
-    def _launch(self, weight: Stored) -> tuple[int, int, int]:
-        return self._launches.launch(self._place, *weight.words.shape[:2])
+    def _stored(self, weight: Tensor | Stored) -> tuple[tuple[Tensor, Tensor | None], tuple[int, int, int]] | None:
+        """A weight and how the native product with it is launched; `None` where Triton's is the one to take."""
+        if not isinstance(weight, torch.Tensor):
+            return (weight.words, weight.scales), self._launches.int4(self._place, *weight.words.shape[:2])
+        how = self._launches.bf16(self._place, *weight.shape) if self._pdl["PDL"] else None
+        return ((weight, None), how) if how else None
 
     def _cut(self, product: str, columns: int) -> dict[str, Any]:
         tile = self._tiles[product]

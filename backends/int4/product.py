@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from backends.int4 import layout
-from backends.int4.launches import table
+from backends.native.launches import table
+from backends.native.loader import extension
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +39,7 @@ class Int4Linear(torch.nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.dtype = dtype
-        self._launch = table().launch(str(words.device), *words.shape[:2]) if words.is_cuda else None
+        self._launch = table().int4(str(words.device), *words.shape[:2]) if words.is_cuda else None
 
     def weight(self) -> Tensor:
         """Dequantised, `[rows, columns]`."""
@@ -57,20 +56,3 @@ class Int4Linear(torch.nn.Module):
             out = found[0] if len(found) == 1 else torch.cat(found)
             return out.view(*x.shape[:-1], -1)
         return torch.nn.functional.linear(x, self.weight(), self.bias)
-
-
-@cache
-def extension() -> Any:
-    """The compiled kernel; compiles it the first time, with nvcc.
-
-    Raises:
-        Exception: As PyTorch's extension loader raises it.
-    """
-    from torch.utils.cpp_extension import load
-
-    here = Path(__file__).parent
-    return load(
-        "rfloor_int4",
-        [str(here / "binding.cpp"), str(here / "product.cu")],
-        extra_cuda_cflags=["-O3", "-std=c++17"],
-    )

@@ -1,4 +1,4 @@
-"""How the int4 kernel is launched for a shape on a device: a table, `launches.yaml`, and a rule for what it lacks."""
+"""How the products are launched for a shape on a device: a table, `launches.yaml`, and a rule for what it lacks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from backends.tiles import Place, Table
 TABLE = Path(__file__).with_name("launches.yaml")
 WARPS = (14, 8, 7, 4)
 """Of a block: what the kernel is compiled for."""
+BF16_GROUP = 64
+"""Columns of a bf16 weight that a warp has at a time."""
 FULL = 0.9
 """Least share of the warps' turns in which they have a group."""
 WARPS_A_PROCESSOR = 28
@@ -51,18 +53,22 @@ class Arguments(NamedTuple):
 class Launches(Table):
     """The launches that are known."""
 
-    def launch(self, device: str, tiles: int, groups: int) -> Arguments:
-        """For a weight of so many tiles of rows and groups of columns.
-
-        Args:
-            device: As torch names it.
-            tiles: As the packed words have them.
-            groups: A row.
-        """
+    def int4(self, device: str, tiles: int, groups: int) -> Arguments:
+        """For an int4 weight of so many tiles of rows and groups of columns, as the packed words have them."""
         name, processors = _device(device)
         found = self.find(Place(name, "int4", tiles * ROWS, groups * GROUP))
-        how = Launch(**found) if found else fitting(groups)
-        return Arguments(how.warps, processors * how.blocks, how.ahead)
+        return _arguments(Launch(**found) if found else fitting(groups), processors)
+
+    def bf16(self, device: str, rows: int, columns: int) -> Arguments | None:
+        """For a bf16 weight; `None` where another kernel is the better one, or this one does not take the shape."""
+        name, processors = _device(device)
+        found = self.find(Place(name, "bf16", rows, columns))
+        takes = rows % ROWS == 0 and columns % BF16_GROUP == 0
+        return _arguments(Launch(**found), processors) if found and takes else None
+
+
+def _arguments(launch: Launch, processors: int) -> Arguments:
+    return Arguments(launch.warps, processors * launch.blocks, launch.ahead)
 
 
 def fitting(groups: int) -> Launch:

@@ -22,9 +22,9 @@ struct Before {
 };
 
 struct Weight {
-    const uint4* words;
-    const __half2* scales;
-    const __nv_bfloat16* bias;  // [rows] in the order of the packed rows, or null
+    const void* words;  // bf16 [rows][columns], or int4 as backends/int4/layout.py packs it
+    const __half2* scales;  // of int4, and null of bf16
+    const __nv_bfloat16* bias;  // [rows] in the order in which the weight has them, or null
 };
 
 struct Behind {
@@ -43,4 +43,4 @@ struct Behind {
 };
 
 // Warps a block, blocks, and how many of its tiles a block has come into L2 while it waits for the kernel ahead.
-cudaError_t int4_launch(const Before&, const Weight&, const Behind&, int warps, int blocks, int ahead, cudaStream_t);
+cudaError_t product_launch(const Before&, const Weight&, const Behind&, int warps, int blocks, int ahead, cudaStream_t);

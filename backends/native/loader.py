@@ -1,0 +1,24 @@
+"""The compiled kernels."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+@cache
+def extension() -> Any:
+    """The kernels; compiles them the first time, with nvcc.
+
+    Raises:
+        Exception: As PyTorch's extension loader raises it.
+    """
+    from torch.utils.cpp_extension import load
+
+    here = Path(__file__).parent
+    return load(
+        "rfloor_native",
+        [str(here / "binding.cpp"), str(here / "product.cu")],
+        extra_cuda_cflags=["-O3", "-std=c++17"],
+    )
