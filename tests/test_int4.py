@@ -213,8 +213,8 @@ def test_the_kernel_multiplies(rows: int, columns: int, streams: int) -> None:
     """However it is launched, against float32, its output poisoned beforehand."""
     import torch
 
-    from backends.int4.product import SHARED_BYTES, extension
-    from backends.native.launches import WARPS
+    from backends.native.launches import SHARED_BYTES, WARPS
+    from backends.native.loader import extension
 
     int4 = Int4(Int4.Options())
     layer = linear(rows, columns).cuda()
@@ -244,8 +244,7 @@ def test_the_kernel_multiplies(rows: int, columns: int, streams: int) -> None:
 def test_a_plain_weight_is_multiplied_too(rows: int, columns: int, streams: int) -> None:
     import torch
 
-    from backends.int4.product import SHARED_BYTES
-    from backends.native.launches import WARPS
+    from backends.native.launches import SHARED_BYTES, WARPS
     from backends.native.loader import extension
 
     x = torch.randn(streams, columns, device="cuda", dtype=torch.bfloat16)

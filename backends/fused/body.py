@@ -151,11 +151,11 @@ class FusedBackend(Backend):
 
     def packs(self) -> bool:
         """Whether int4 weights go to kernels with the rest fused around them: CUDA C++, with shared memory for it."""
-        from backends.int4.product import SHARED_BYTES
+        from backends.native.launches import has_room
 
         a = self.setup.architecture
         widest = max(columns for columns, _ in a.linear_shapes.values())
-        return self.setup.device == "cuda" and 2 * self.setup.batch_size * widest <= SHARED_BYTES
+        return self.setup.device == "cuda" and has_room(self.setup.batch_size, widest)
 
     def cut(self, tiles: Tiles, launches: Launches) -> None:
         """Make the step with these tiles, its int4 products launched so."""

@@ -12,6 +12,7 @@ import triton
 from backends.fused.around import fused_embed, fused_norm, fused_rotate, fused_silu
 from backends.fused.attention import fused_attend, fused_combine
 from backends.fused.products import LINE, fused_head, fused_qkv, fused_residual, fused_swiglu
+from backends.native.launches import has_room
 from backends.tiles import Place
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Step:
         keys: `[layers, streams, kv_heads, capacity, head_dim]`.
         values: As `keys`.
         tiles: How kernels cut their work.
-        launches: How the int4 kernel is launched.
+        launches: How products on tensor cores are launched.
     """
 
     def __init__(
@@ -258,7 +259,8 @@ class Step:
         """A weight and how the native product with it is launched; `None` where Triton's is the one to take."""
         if not isinstance(weight, torch.Tensor):
             return (weight.words, weight.scales), self._launches.int4(self._place, *weight.words.shape[:2])
-        how = self._launches.bf16(self._place, *weight.shape) if self._pdl["PDL"] else None
+        takes = self._pdl["PDL"] and has_room(self._streams, weight.shape[1])
+        how = self._launches.bf16(self._place, *weight.shape) if takes else None
         return ((weight, None), how) if how else None
 
     def _cut(self, product: str, columns: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from backends.int4 import layout
-from backends.native.launches import table
+from backends.native.launches import SHARED_BYTES, table
 from backends.native.loader import extension
 
 if TYPE_CHECKING:
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 8
 """Rows of activations that the kernel takes at a time, if a processor's shared memory has room for them."""
-SHARED_BYTES = 200_000
-"""Of shared memory for activations: a block may have 227 KiB on compute capability 9.0, sums included."""
 
 
 class Int4Linear(torch.nn.Module):

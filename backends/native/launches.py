@@ -13,6 +13,8 @@ from backends.tiles import Place, Table
 TABLE = Path(__file__).with_name("launches.yaml")
 WARPS = (14, 8, 7, 4)
 """Of a block: what the kernel is compiled for."""
+SHARED_BYTES = 200_000
+"""Of shared memory for activations: a block may have 227 KiB on compute capability 9.0, sums included."""
 BF16_GROUP = 64
 """Columns of a bf16 weight that a warp has at a time."""
 FULL = 0.9
@@ -69,6 +71,11 @@ class Launches(Table):
 
 def _arguments(launch: Launch, processors: int) -> Arguments:
     return Arguments(launch.warps, processors * launch.blocks, launch.ahead)
+
+
+def has_room(streams: int, columns: int) -> bool:
+    """Whether a block has room for the activations of so many streams."""
+    return 2 * streams * columns <= SHARED_BYTES
 
 
 def fitting(groups: int) -> Launch:
