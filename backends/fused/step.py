@@ -127,6 +127,7 @@ class Step:
             for product, (rows, columns, unit) in shapes.items()
         }
         self._launches, self._place = launches, str(device)
+        self._native_cuts: dict[tuple[bool, int, int], tuple[int, int, int] | None] = {}
         self._parts = tiles.parts(name, capacity, a.kv_heads * streams)
 
         def room(*shape: int, dtype: torch.dtype = keys.dtype) -> Tensor:
@@ -257,11 +258,19 @@ class Step:
 
     def _stored(self, weight: Tensor | Stored) -> tuple[tuple[Tensor, Tensor | None], tuple[int, int, int]] | None:
         """A weight and how the native product with it is launched; `None` where Triton's is the one to take."""
-        if not isinstance(weight, torch.Tensor):
-            return (weight.words, weight.scales), self._launches.int4(self._place, *weight.words.shape[:2])
-        takes = self._pdl["PDL"] and has_room(self._streams, weight.shape[1])
-        how = self._launches.bf16(self._place, *weight.shape) if takes else None
-        return ((weight, None), how) if how else None
+        plain = isinstance(weight, torch.Tensor)
+        words, scales = (weight, None) if isinstance(weight, torch.Tensor) else (weight.words, weight.scales)
+        shape = (plain, words.shape[0], words.shape[1])
+        if shape not in self._native_cuts:  # a table is asked once a shape, not once a launch
+            self._native_cuts[shape] = self._native_cut(*shape)
+        how = self._native_cuts[shape]
+        return ((words, scales), how) if how else None
+
+    def _native_cut(self, plain: bool, rows: int, columns: int) -> tuple[int, int, int] | None:
+        if not plain:
+            return self._launches.int4(self._place, rows, columns)
+        takes = self._pdl["PDL"] and has_room(self._streams, columns)
+        return self._launches.bf16(self._place, rows, columns) if takes else None
 
     def _cut(self, product: str, columns: int) -> dict[str, Any]:
         tile = self._tiles[product]

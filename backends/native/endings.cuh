@@ -6,12 +6,18 @@ constexpr float UNIT = 16777216.0f;  // sums of squares are counts of 1 / UNIT, 
 
 // What becomes of rows r and r + 8 of a tile, r = 0..7; `row` is which those are in a weight as it is. `Held` is what
 // that needs besides the sums: it is loaded when the tile begins.
-struct Store {
+struct InOrder {
     static __device__ __forceinline__ int row(const Behind&, int tile, int r, bool second) {
         return tile * ROWS + r + 8 * second;
     }
+};
+
+struct NeedsNothing {
     struct Held {};
     static __device__ __forceinline__ Held hold(const Behind&, int, int, int) { return {}; }
+};
+
+struct Store : InOrder, NeedsNothing {
     static __device__ __forceinline__ void put(const Behind& behind, const Held&, int tile, int r, int stream, float a,
                                                float b) {
         auto* out = static_cast<__nv_bfloat16*>(behind.out) + static_cast<size_t>(stream) * behind.rows + tile * ROWS;
@@ -20,10 +26,7 @@ struct Store {
     }
 };
 
-struct Residual {
-    static __device__ __forceinline__ int row(const Behind&, int tile, int r, bool second) {
-        return tile * ROWS + r + 8 * second;
-    }
+struct Residual : InOrder {
     struct Held {
         float a, b;
         __nv_bfloat16 gain_a, gain_b;
@@ -50,12 +53,7 @@ struct Residual {
     }
 };
 
-struct Logits {
-    static __device__ __forceinline__ int row(const Behind&, int tile, int r, bool second) {
-        return tile * ROWS + r + 8 * second;
-    }
-    struct Held {};
-    static __device__ __forceinline__ Held hold(const Behind&, int, int, int) { return {}; }
+struct Logits : InOrder, NeedsNothing {
     static __device__ __forceinline__ void put(const Behind& behind, const Held&, int tile, int r, int stream, float a,
                                                float b) {
         auto* out = static_cast<float*>(behind.out) + static_cast<size_t>(stream) * behind.rows + tile * ROWS;
@@ -65,12 +63,10 @@ struct Logits {
 };
 
 // Gate in rows 0..7, up in rows 8..15.
-struct Swiglu {
+struct Swiglu : NeedsNothing {
     static __device__ __forceinline__ int row(const Behind& behind, int tile, int r, bool second) {
         return tile * 8 + r + second * (behind.rows / 2);
     }
-    struct Held {};
-    static __device__ __forceinline__ Held hold(const Behind&, int, int, int) { return {}; }
     static __device__ __forceinline__ void put(const Behind& behind, const Held&, int tile, int r, int stream, float a,
                                                float b) {
         auto* out = static_cast<__nv_bfloat16*>(behind.out) + static_cast<size_t>(stream) * (behind.rows / 2);
