@@ -35,8 +35,9 @@ STUDY_KEYS = (
     "source",
 )
 """Keys of the study's own cell files; they stand at the top level of a record, beside rfloor's."""
-HEAD_BYTES = 4096
+HEAD_BYTES = 1024
 """Within which a record's head lies."""
+OUTCOMES = tuple(Outcome)
 
 
 class BadRecord(Exception):
@@ -201,8 +202,7 @@ def head(file: Path) -> Head:
                 begins = begins[: begins.rfind(b',\n "')] + b"}"
                 content = json.loads(begins) if whole else None
                 if isinstance(content, dict):
-                    types = TYPES | LATER
-                    _check(content, {name: types[name] for name in _names(Head)}, {})
+                    _check(content, _head_types(), {})
                     own = {name: content[name] for name in _names(Head)}
                     return Head(**{**own, "outcome": Outcome(own["outcome"])})
     except (OSError, ValueError, BadRecord):  # of an earlier version, which has another order, or no record at all
@@ -258,6 +258,12 @@ def _names(kind: type[Head]) -> tuple[str, ...]:
     return tuple(f.name for f in fields(kind))
 
 
+@cache
+def _head_types() -> dict[str, Types]:
+    types = TYPES | LATER
+    return {name: types[name] for name in _names(Head)}
+
+
 def _check(content: dict[str, Any], needed: Mapping[str, Types], known: Mapping[str, Types]) -> None:
     """Refuse what no record says of itself.
 
@@ -277,7 +283,7 @@ def _check(content: dict[str, Any], needed: Mapping[str, Types], known: Mapping[
             raise BadRecord(f"no {name}")
         if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool)):
             raise BadRecord(f"{name} is a {type(content[name]).__name__}")
-    if content["outcome"] not in list(Outcome):
+    if content["outcome"] not in OUTCOMES:
         raise BadRecord(f"an outcome is one of {', '.join(Outcome)}, not {content['outcome']!r}")
     if not _is_time(content["started_at"]):
         raise BadRecord(f"started_at is no ISO 8601 time with a zone: {content['started_at']!r}")

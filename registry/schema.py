@@ -12,7 +12,7 @@ import statistics
 import typing
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -298,32 +298,60 @@ def from_plain(cls: type[T], data: Any, where: str = "") -> T:
     """
     kind: Any = cls  # mypy takes no type for hashable
     hints = _hints(kind)
-    found = cls(**{name: _typed(hints.get(name, Any), value, f"{where}{name}") for name, value in data.items()})
+    found = cls(**{name: _typed(hints.get(name, ANYTHING), value, f"{where}{name}") for name, value in data.items()})
     for name in hints:
         if getattr(found, name) == MISSING:
             raise TypeError(f"no {where}{name}")
     return found
 
 
+class Hint(NamedTuple):
+    """What a value may be, taken apart once: thousands are held against the same few.
+
+    Attributes:
+        kinds: Its class, or `None` for anything.
+        maybe: Whether it may be `None`.
+        cls: The dataclass that a dict is the plain form of.
+        inner: Of what it holds: a list's items, a dict's values.
+    """
+
+    kinds: type | tuple[type, ...] | None
+    maybe: bool = False
+    cls: type | None = None
+    inner: Hint | None = None
+
+
+ANYTHING = Hint(None)
+
+
 @cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _hints(cls: type) -> dict[str, Hint]:
+    return {name: _hint(hint) for name, hint in typing.get_type_hints(cls).items()}
 
 
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """A value that is what its hint says, and the dataclasses in it rebuilt."""
-    if hint is Any or (value is None and type(None) in typing.get_args(hint)):
-        return value
+def _hint(hint: Any) -> Hint:
+    if hint is Any:
+        return ANYTHING
     if type(None) in typing.get_args(hint):
         [hint] = [one for one in typing.get_args(hint) if one is not type(None)]
+        return _hint(hint)._replace(maybe=True)
     inner, kind = typing.get_args(hint), typing.get_origin(hint) or hint
-    if isinstance(value, dict) and dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_plain(hint, value, f"{where}.")
-    wrong = not isinstance(value, (int, float) if kind is float else kind)
-    if wrong or (isinstance(value, bool) and kind is not bool):
+    cls = hint if dataclasses.is_dataclass(hint) and isinstance(hint, type) else None
+    kinds: Any = (int, float) if kind is float else kind
+    return Hint(kinds, cls=cls, inner=_hint(inner[-1]) if inner and kind in (list, dict) else None)
+
+
+def _typed(hint: Hint, value: Any, where: str) -> Any:
+    """A value that is what its hint says, and the dataclasses in it rebuilt."""
+    if hint.kinds is None or (value is None and hint.maybe):
+        return value
+    if hint.cls and isinstance(value, dict):
+        return from_plain(hint.cls, value, f"{where}.")
+    if not isinstance(value, hint.kinds) or (isinstance(value, bool) and hint.kinds is not bool):
         raise TypeError(f"{where} is a {type(value).__name__}")
+    inner = hint.inner or ANYTHING
     if isinstance(value, list):
-        return [_typed(inner[0], one, f"{where}.{place}") for place, one in enumerate(value)]
+        return [_typed(inner, one, f"{where}.{place}") for place, one in enumerate(value)]
     if isinstance(value, dict):
-        return {key: _typed(inner[1], one, f"{where}.{key}") for key, one in value.items()}
+        return {key: _typed(inner, one, f"{where}.{key}") for key, one in value.items()}
     return value
