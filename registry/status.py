@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry import record as records
@@ -14,7 +15,6 @@ from registry.registration import FOLDER as REGISTRATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from registry.manifest import Planned
     from registry.record import Head
@@ -90,4 +90,4 @@ def _files(folder: Path) -> Iterator[Path]:
         return
     for own in os.scandir(folder):
         if own.name not in (FOLDER, REGISTRATIONS) and own.is_dir():
-            yield from (folder / own.name / name for name in os.listdir(own.path) if name.endswith(".json"))
+            yield from (Path(one.path) for one in os.scandir(own.path) if one.name.endswith(".json"))
