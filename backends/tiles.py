@@ -64,10 +64,6 @@ class Table:
         best = min(found, key=lambda one: abs(math.log(one.rows / place.rows)), default=None)
         return self._known[best] if best else self.find(place)
 
-    def knows(self, product: str) -> bool:
-        """Whether anything is known of a product, anywhere."""
-        return any(one.product == product for one in self._known)
-
     def exactly(self, place: Place) -> dict[str, Any] | None:
         """What is known of this place itself."""
         return self._known.get(place)

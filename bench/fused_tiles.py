@@ -5,10 +5,10 @@
 
 `tune` changes one product's cut at a time and keeps what makes the captured step shorter by more than half a percent
 twice, in the chain and not alone: what is best alone is not best behind another kernel. It starts with what
-`backends/fused/tiles.yaml` and `backends/native/launches.yaml` have and writes what it found there. `account` replays
-the whole step with each kind of launch left out in turn, whole steps between: what the step is shorter by is what
-that kind takes in the chain, and its bytes over that time are its GB/s there. Leaving a launch out changes what is
-computed and not what the others read. Its last row is a step whose kernels do not come up early.
+`backends/fused/tiles.yaml` and `backends/int4/kernel/launches.yaml` have and writes what it found there. `account`
+replays the whole step with each kind of launch left out in turn, whole steps between: what the step is shorter by is
+what that kind takes in the chain, and its bytes over that time are its GB/s there. Leaving a launch out changes what
+is computed and not what the others read. Its last row is a step whose kernels do not come up early.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +32,8 @@ from backends.attention.sdpa import Sdpa, SdpaOptions
 from backends.fused import tiles
 from backends.fused.body import FusedBackend
 from backends.fused.tiles import PRODUCTS, VECTOR, WARP, Parts, Tile, Tiles
-from backends.native import launches
-from backends.native.launches import WARPS, WARPS_A_PROCESSOR, Launch, Launches
+from backends.int4.kernel import launches
+from backends.int4.kernel.launches import WARPS, WARPS_A_PROCESSOR, Launch, Launches
 from backends.quant.int4 import Int4, Int4Options
 from backends.quant.none import NoQuant
 from backends.tiles import Place, Table
@@ -67,14 +67,15 @@ PARTS = [
 ]
 """Whose tiles fit into registers."""
 SERIAL = "each Triton kernel behind the one ahead"
-LAUNCHES = {
-    "qkv": ("_qkv",),
-    "attention": ("_attend",),
-    "out": ("_out",),
-    "swiglu": ("_swiglu",),
-    "down": ("_down",),
-    "head": ("_head",),
+LEFT_OUT = {
+    "qkv": "_qkv",
+    "attention": "_attend",
+    "out": "_out",
+    "swiglu": "_swiglu",
+    "down": "_down",
+    "head": "_head",
 }
+"""Of the step's methods, by what `account` tells of; `_out` and `_down` are its `_residual`."""
 
 
 def bf16_tiles(paired: bool, streams: int, columns: int) -> Iterator[Tile]:
@@ -90,20 +91,18 @@ def bf16_tiles(paired: bool, streams: int, columns: int) -> Iterator[Tile]:
             yield Tile(rows, wide, warps, depth)
 
 
-def native_launches() -> Iterator[Launch]:
-    for warps, ahead in itertools.product(WARPS, (0, 1, 3)):
-        for blocks in range(1, WARPS_A_PROCESSOR // warps + 1):
-            if warps * blocks >= WARPS_A_PROCESSOR // 3:
-                yield Launch(warps, blocks, ahead)
+LAUNCHES = [
+    Launch(warps, blocks)
+    for warps in WARPS
+    for blocks in range(1, WARPS_A_PROCESSOR // warps + 1)
+    if warps * blocks >= WARPS_A_PROCESSOR // 3
+]
+"""Of an int4 product: what keeps a third of a processor's warps or more at work."""
 
 
-def tables(args: argparse.Namespace) -> tuple[Tiles, Launches]:
-    """What is known so far; of the native kernel for bf16 a first guess, if it is asked for."""
-    known, launched = Tiles(tiles.table().known()), Launches(launches.table().known())
-    place = Place(torch.cuda.get_device_name(), "bf16")
-    if args.kernel == "native" and launched.find(place) is None:
-        launched.set(place, Launch(7, 4))
-    return known, launched
+def tables() -> tuple[Tiles, Launches]:
+    """What is known so far."""
+    return Tiles(tiles.table().known()), Launches(launches.table().known())
 
 
 def loaded(args: argparse.Namespace, layers: int | None) -> FusedBackend:
@@ -179,9 +178,7 @@ def questions(args: argparse.Namespace, backend: FusedBackend, known: Tiles, lau
     found = []
     for product, (rows, columns) in zip(PRODUCTS, shapes, strict=True):
         if args.quant == "int4" and (product != "head" or args.head_bits == 4):
-            found.append(Question(launched, Place(device, "int4", rows, columns), list(native_launches())))
-        elif args.kernel == "native":
-            found.append(Question(launched, Place(device, "bf16", rows, columns), list(native_launches())))
+            found.append(Question(launched, Place(device, launches.PRODUCT, rows, columns), LAUNCHES))
         else:
             cuts = list(bf16_tiles(product in ("qkv", "swiglu"), args.batch, columns))
             found.append(Question(known, Place(device, product, rows, columns, streams), cuts))
@@ -195,7 +192,7 @@ def compile_some(args: argparse.Namespace, share: int, shares: int) -> int:
     """In a process of its own: one step with each candidate, so that Triton's cache has its kernels."""
     with torch.inference_mode():
         backend = loaded(args, 1)
-        known, launched = tables(args)
+        known, launched = tables()
         asked = [one for one in questions(args, backend, known, launched) if isinstance(one.table, Tiles)]
         token, made = zeros(backend), 0
         for number in range(share, max((len(one.cuts) for one in asked), default=0), shares):
@@ -213,7 +210,7 @@ def compile_some(args: argparse.Namespace, share: int, shares: int) -> int:
 
 def tune(args: argparse.Namespace) -> None:
     backend = loaded(args, args.layers)
-    known, launched = tables(args)
+    known, launched = tables()
     asked = questions(args, backend, known, launched)
     start, shares = time.monotonic(), min(14, max(1, (os.cpu_count() or 1) - 2))
     with ProcessPoolExecutor(shares, multiprocessing.get_context("spawn")) as pool:
@@ -247,8 +244,6 @@ def tune(args: argparse.Namespace) -> None:
             if turn == 0:
                 print(one.place.product, "nearest:", *(f"{ms:.4f} {cut}" for ms, cut in found[:4]), sep="\n  ")
             one.cuts = [cut for _, cut in found[:KEPT]]
-            if isinstance(one.cuts[0], Tile):
-                one.cuts += [replace(cut, ahead=not cut.ahead) for cut in one.cuts]
             one.table.restore(one.place, vars(kept) if kept else was)
             timed()
             best = timed()
@@ -258,7 +253,7 @@ def tune(args: argparse.Namespace) -> None:
 
 def account(args: argparse.Namespace) -> None:
     backend = loaded(args, None)
-    backend.cut(*tables(args))
+    backend.cut(*tables())
     a = backend.setup.architecture
     q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
     numbers = {
@@ -278,11 +273,10 @@ def account(args: argparse.Namespace) -> None:
         name: getattr(step, name) for name in ("_qkv", "_attend", "_swiglu", "_head")
     }
     plain, graphs = captured(backend), {}
-    for what, names in LAUNCHES.items():
-        left_out[:] = names
-        for name in names:
-            if name in kept:
-                setattr(step, name, lambda *_: logits)
+    for what, name in LEFT_OUT.items():
+        left_out[:] = [name]
+        if name in kept:
+            setattr(step, name, lambda *_: logits)
         graphs[what] = captured(backend)
         for name, method in kept.items():
             setattr(step, name, method)
@@ -304,7 +298,7 @@ def account(args: argparse.Namespace) -> None:
             shorter[what].append(statistics.mean(wholes[-2:]) - less)
     whole = statistics.median(wholes)
     rows = {"whole": {"ms": whole, "read_gbs": read_bandwidth("cuda")}}
-    for what in LAUNCHES:
+    for what in LEFT_OUT:
         taken = statistics.median(shorter[what])
         packed = args.quant == "int4" and what != "attention" and (what != "head" or args.head_bits == 4)
         gb = numbers[what] * (0.5 + 2 / 128 if packed else 2) / 1e9
@@ -321,7 +315,6 @@ def main() -> None:
     parser.add_argument("what", choices=("tune", "account"))
     parser.add_argument("--model", default="qwen2.5-7b")
     parser.add_argument("--quant", choices=("none", "int4"), default="none")
-    parser.add_argument("--kernel", choices=("triton", "native"), default="triton", help="of bf16 products")
     parser.add_argument("--head-bits", type=int, choices=(4, 16), default=4)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=1)

@@ -11,7 +11,7 @@ from backends.fused.body import FusedBackend
 from backends.fused.tiles import PRODUCTS, TABLE, Parts, Tile, Tiles, table
 from backends.hf import HfBackend
 from backends.int4 import layout
-from backends.native.launches import Arguments, Launch, Launches
+from backends.int4.kernel.launches import Arguments, Launches
 from backends.quant.int4 import Int4
 from backends.tiles import Place, Table
 from registry.identity import source_digest
@@ -67,23 +67,6 @@ class TestFused(BackendContract):
     prompt_tokens = 5
     steps = 3
     buffer_bytes = 2**20  # what the parts of the cache find, and every activation of a step
-
-
-class Native(Anywhere):
-    """The body with the compiled products wherever they take the shape."""
-
-    def launches(self) -> Launches:
-        known = Launches([])
-        known.set(Place("any", "bf16"), Launch(4, 3, 1))
-        return known
-
-
-@pytest.mark.gpu
-class TestFusedNative(TestFused):
-    """On tensor cores."""
-
-    plugin = Native
-    architecture = replace(SMALL, layers=2, q_heads=7, vocab=336)
 
 
 class TestFusedAroundLayers(TestFused):
@@ -184,8 +167,8 @@ class Called(Anywhere):
 class Anyhow(Launches):
     """What is launched where nothing is."""
 
-    def int4(self, device: str, tiles: int, groups: int) -> Arguments:
-        return Arguments(0, 0, 0)
+    def launch(self, device: str, tiles: int, groups: int) -> Arguments:
+        return Arguments(0, 0)
 
 
 class TestFusedInt4(TestFused):
@@ -200,7 +183,7 @@ class TestFusedInt4(TestFused):
         import torch
 
         if not torch.cuda.is_available():
-            monkeypatch.setattr("backends.native.loader.extension", Int4Kernels)
+            monkeypatch.setattr("backends.int4.kernel.loader.extension", Int4Kernels)
 
     def test_linear_layers_are_the_formats(self, cache: str, quant: str) -> None:
         """Layers that read the same activations were laid into one weight: the same weights in as many bytes."""
@@ -242,7 +225,7 @@ def test_a_head_of_four_bits(body: Any, tied: bool, monkeypatch: pytest.MonkeyPa
     import torch
 
     if not torch.cuda.is_available():
-        monkeypatch.setattr("backends.native.loader.extension", Int4Kernels)
+        monkeypatch.setattr("backends.int4.kernel.loader.extension", Int4Kernels)
 
     class Suite(TestFusedAroundInt4):
         plugin = body
@@ -298,7 +281,7 @@ def test_nothing_is_read_that_was_not_written(quant: str, body: Any, monkeypatch
     import torch
 
     if not torch.cuda.is_available():
-        monkeypatch.setattr("backends.native.loader.extension", Int4Kernels)
+        monkeypatch.setattr("backends.int4.kernel.loader.extension", Int4Kernels)
     shape = TestFusedInt4.architecture
     suite = type("Suite", (TestFused,), {"plugin": body, "formats": (quant,), "architecture": shape})
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what torch.empty gives with NaNs
@@ -417,12 +400,12 @@ def test_a_table_is_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "tiles.yaml"
     path.write_text("# What it is for.\n")
     known = Tiles([row("out", rows=8, columns=2048, warps=8)])
-    known.set(Place("NVIDIA H200", "out", 64, 4096), Tile(4, 512, 2, ahead=True))
+    known.set(Place("NVIDIA H200", "out", 64, 4096), Tile(4, 512, 2, depth=3))
     known.write(path)
     assert path.read_text().startswith("# What it is for.\n- ")
     assert Tiles.read(path).known() == known.known()
     Table.read(path).write(path)
-    assert Tiles.read(path).tile(Place("NVIDIA H200", "out", 64, 4096, 1), 64) == Tile(4, 512, 2, ahead=True)
+    assert Tiles.read(path).tile(Place("NVIDIA H200", "out", 64, 4096, 1), 64) == Tile(4, 512, 2, depth=3)
 
 
 def test_another_table_of_tiles_is_another_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

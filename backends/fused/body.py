@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from backends.native.files import NATIVE
 from registry.api import (
     HEAD,
     Backend,
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from backends.fused.tiles import Tiles
-    from backends.native.launches import Launches
+    from backends.int4.kernel.launches import Launches
     from registry.api import Request
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -51,7 +50,7 @@ class FusedBackend(Backend):
     executions = ("eager", "cuda_graph")
     caches = ("static",)
     attentions = ("sdpa",)
-    data = ("tiles.yaml", *(f"../native/{name}" for name in NATIVE))
+    data = ("tiles.yaml",)
 
     model: Any = None
     step: Any = None
@@ -85,20 +84,6 @@ class FusedBackend(Backend):
     def kernel_names(cls, options: Any, device: str) -> tuple[str, ...]:
         """See `Plugin.kernel_names`."""
         return ("fused_attend",) if device == "cuda" else ()
-
-    @classmethod
-    def builds(cls, options: Any, device: str) -> str:
-        """See `Plugin.builds`: where the table gives a plain weight to the native product."""
-        from backends.native.launches import table
-
-        return "rfloor's products" if device == "cuda" and table().knows("bf16") else ""
-
-    @classmethod
-    def build(cls, options: Any, device: str) -> None:
-        """See `Plugin.build`."""
-        from backends.native.loader import extension
-
-        extension()
 
     def load(self, capacity: int) -> None:
         """See `Backend.load`."""
@@ -151,7 +136,7 @@ class FusedBackend(Backend):
 
     def packs(self) -> bool:
         """Whether int4 weights go to kernels with the rest fused around them: CUDA C++, with shared memory for it."""
-        from backends.native.launches import has_room
+        from backends.int4.kernel.launches import has_room
 
         a = self.setup.architecture
         widest = max(columns for columns, _ in a.linear_shapes.values())
@@ -166,7 +151,7 @@ class FusedBackend(Backend):
 
     def launches(self) -> Launches:
         """How the int4 kernel is launched."""
-        from backends.native.launches import table
+        from backends.int4.kernel.launches import table
 
         return table()
 

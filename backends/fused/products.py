@@ -23,8 +23,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 UNIT: tl.constexpr = tl.constexpr(2.0**24)
 """Sums of squares are int64 counts of 1 / UNIT: 6e-8 apart, up to 5e11."""
-LINE: tl.constexpr = tl.constexpr(64)
-"""bf16 numbers of a cache line."""
 
 
 @triton.jit
@@ -50,26 +48,12 @@ def tile(weight, rows, start, K: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def ask(weight, rows, K: tl.constexpr, LINES: tl.constexpr):
-    """Have a program's rows come into L2. LINES is the lines of a row, rounded up to a power of two."""
-    line = tl.arange(0, LINES)
-    at = weight + (rows[:, None].to(tl.int64) * K + tl.minimum(line * LINE, K - 1)[None, :])
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def first_tiles(
-    weight, rows, K: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr
-):
-    """DEPTH tiles of a weight, asked for before the wait for the kernels ahead; LINES is as for `ask`, or 0."""
+def first_tiles(weight, rows, K: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr):
+    """DEPTH tiles of a weight, asked for before the wait for the kernels ahead."""
     begin(PDL)
     tiles = ()
     for one in tl.static_range(DEPTH):
         tiles = tiles + (tile(weight, rows, one * C, K, C),)
-    if LINES:
-        ask(weight, rows, K, LINES)
     wait(PDL)
     return tiles
 
@@ -155,7 +139,6 @@ def fused_qkv(
     R: tl.constexpr,
     C: tl.constexpr,
     DEPTH: tl.constexpr,
-    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The three projections, their biases, rotary positions; k and v go to this token's row of the cache.
@@ -173,7 +156,7 @@ def fused_qkv(
     c = tl.load(cos + row * half + place, mask=turned, other=1.0)
     s = tl.load(sin + row * half + place, mask=turned, other=0.0)
     biases = tl.load(bias + rows).to(tl.float32) if BIASED else 0.0
-    first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
+    first = first_tiles(weight, rows, K, C, DEPTH, PDL)
     scales = norm_scales(squares, eps, B, K)
     found = product(first, scaled, weight, rows, B, K, C, DEPTH)
     for stream in tl.static_range(B):
@@ -202,13 +185,12 @@ def fused_swiglu(
     R: tl.constexpr,
     C: tl.constexpr,
     DEPTH: tl.constexpr,
-    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Gate and up projection, `silu(gate) * up`. A program has R rows of each."""
     member = tl.arange(0, 2 * R)
     rows = tl.program_id(0) * R + member % R + (member // R) * F
-    first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
+    first = first_tiles(weight, rows, K, C, DEPTH, PDL)
     scales = norm_scales(squares, eps, B, K)
     found = product(first, scaled, weight, rows, B, K, C, DEPTH)
     at = tl.program_id(0) * R + tl.arange(0, R)
@@ -231,13 +213,12 @@ def fused_residual(
     R: tl.constexpr,
     C: tl.constexpr,
     DEPTH: tl.constexpr,
-    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A projection back into the residual stream, for the next norm. A program alone owns its R elements of it."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
     gains = tl.load(gain + rows).to(tl.float32)
-    first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
+    first = first_tiles(weight, rows, K, C, DEPTH, PDL)
     before = ()
     for stream in tl.static_range(B):
         before = before + (tl.load(x + stream * N + rows),)
@@ -263,12 +244,11 @@ def fused_head(
     R: tl.constexpr,
     C: tl.constexpr,
     DEPTH: tl.constexpr,
-    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """LM head on what the last norm's product reads, or on what is NORMED already."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    first = first_tiles(weight, rows, K, C, DEPTH, LINES, PDL)
+    first = first_tiles(weight, rows, K, C, DEPTH, PDL)
     scales = (1.0,) * B if NORMED else norm_scales(squares, eps, B, K)
     found = product(first, scaled, weight, rows, B, K, C, DEPTH)
     for stream in tl.static_range(B):

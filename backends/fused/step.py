@@ -11,8 +11,7 @@ import triton
 
 from backends.fused.around import fused_embed, fused_norm, fused_rotate, fused_silu
 from backends.fused.attention import fused_attend, fused_combine
-from backends.fused.products import LINE, fused_head, fused_qkv, fused_residual, fused_swiglu
-from backends.native.launches import has_room
+from backends.fused.products import fused_head, fused_qkv, fused_residual, fused_swiglu
 from backends.tiles import Place
 
 if TYPE_CHECKING:
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from backends.fused.tiles import Tiles
+    from backends.int4.kernel.launches import Launches
     from backends.int4.stacked import Stored
-    from backends.native.launches import Launches
     from registry.api import Architecture
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -94,7 +93,7 @@ class Step:
         keys: `[layers, streams, kv_heads, capacity, head_dim]`.
         values: As `keys`.
         tiles: How kernels cut their work.
-        launches: How products on tensor cores are launched.
+        launches: How int4 products are launched.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class Step:
             for product, (rows, columns, unit) in shapes.items()
         }
         self._launches, self._place = launches, str(device)
-        self._native_cuts: dict[tuple[bool, int, int], tuple[int, int, int] | None] = {}
+        self._launched: dict[tuple[int, int], tuple[int, int]] = {}
         self._parts = tiles.parts(name, capacity, a.kv_heads * streams)
 
         def room(*shape: int, dtype: torch.dtype = keys.dtype) -> Tensor:
@@ -184,18 +183,14 @@ class Step:
         a, w, weight, eps = self._a, self._weights, block.qkv, self._a.rms_norm_eps
         normed = (self._scaled, self._squares[2 * index])
         cached = (w.cos, w.sin, self.length, self._q, self._keys[index], self._values[index])
-        stored = self._stored(weight)
-        if stored is None:
-            assert isinstance(weight, torch.Tensor)
+        if isinstance(weight, torch.Tensor):
             heads = {"Q": a.q_heads, "KV": a.kv_heads, "D": a.head_dim, "BIASED": block.bias is not None}
             fused_qkv[(weight.shape[0] // 2 // self._tiles["qkv"].rows,)](
                 *(*normed, weight, weight if block.bias is None else block.bias, *cached, self._capacity, eps),
                 **(heads | self._cut("qkv", a.hidden)),
             )
         else:
-            words, launch = stored
-            bias = block.bias if isinstance(weight, torch.Tensor) else weight.bias
-            self._native.qkv(*normed, eps, *words, bias, *cached, *launch)
+            self._int4.qkv(*normed, eps, weight.words, weight.scales, weight.bias, *cached, *self._launch(weight))
 
     def _attend(self, index: int, query: Tensor) -> None:
         a, cut, keys, values = self._a, self._parts, self._keys[index], self._values[index]
@@ -212,71 +207,53 @@ class Step:
 
     def _swiglu(self, weight: Tensor | Stored, squares: Tensor) -> None:
         a, eps = self._a, self._a.rms_norm_eps
-        stored = self._stored(weight)
-        if stored is None:
+        if isinstance(weight, torch.Tensor):
             fused_swiglu[(a.ffn // self._tiles["swiglu"].rows,)](
                 *(self._scaled, squares, weight, self._inner, eps), **({"F": a.ffn} | self._cut("swiglu", a.hidden))
             )
         else:
-            words, launch = stored
-            self._native.swiglu(self._scaled, squares, eps, *words, self._inner, *launch)
+            stored = (weight.words, weight.scales)
+            self._int4.swiglu(self._scaled, squares, eps, *stored, self._inner, *self._launch(weight))
 
     def _residual(self, product: str, inner: Tensor, weight: Tensor | Stored, gain: Tensor, squares: Tensor) -> None:
         joined = (gain, self._scaled, squares)
-        stored = self._stored(weight)
-        if stored is None:
-            assert isinstance(weight, torch.Tensor)
+        if isinstance(weight, torch.Tensor):
             rows, columns = weight.shape
             fused_residual[(rows // self._tiles[product].rows,)](
                 self._x, inner, weight, *joined, N=rows, **self._cut(product, columns)
             )
         else:
-            words, launch = stored
-            self._native.residual(inner, *words, self._x, *joined, *launch)
+            self._int4.residual(inner, weight.words, weight.scales, self._x, *joined, *self._launch(weight))
 
     def _head(self, x: Tensor, squares: Tensor | None) -> Tensor:
         """Logits of what the last norm's product reads; of what is normed already where there are no squares."""
         a, head = self._a, self._weights.head
         logits = torch.empty(self._streams, a.vocab, dtype=torch.float32, device=x.device)
-        assert not callable(head) or isinstance(head, torch.Tensor)
-        stored = self._stored(head)
-        if stored is None:
+        if isinstance(head, torch.Tensor):
             fused_head[(a.vocab // self._tiles["head"].rows,)](
                 *(x, self._squares[-1] if squares is None else squares, head, logits, a.rms_norm_eps),
                 **({"NORMED": squares is None, "N": a.vocab} | self._cut("head", a.hidden)),
             )
-        else:
-            words, launch = stored
-            self._native.logits(x, squares, a.rms_norm_eps, *words, logits, *launch)
+        elif not callable(head):
+            stored = (head.words, head.scales)
+            self._int4.logits(x, squares, a.rms_norm_eps, *stored, logits, *self._launch(head))
         return logits
 
     @property
-    def _native(self) -> Any:
-        from backends.native.loader import extension
+    def _int4(self) -> Any:
+        from backends.int4.kernel.loader import extension
 
         return extension()
 
-    def _stored(self, weight: Tensor | Stored) -> tuple[tuple[Tensor, Tensor | None], tuple[int, int, int]] | None:
-        """A weight and how the native product with it is launched; `None` where Triton's is the one to take."""
-        plain = isinstance(weight, torch.Tensor)
-        words, scales = (weight, None) if isinstance(weight, torch.Tensor) else (weight.words, weight.scales)
-        shape = (plain, words.shape[0], words.shape[1])
-        if shape not in self._native_cuts:  # a table is asked once a shape, not once a launch
-            self._native_cuts[shape] = self._native_cut(*shape)
-        how = self._native_cuts[shape]
-        return ((words, scales), how) if how else None
-
-    def _native_cut(self, plain: bool, rows: int, columns: int) -> tuple[int, int, int] | None:
-        if not plain:
-            return self._launches.int4(self._place, rows, columns)
-        takes = self._pdl["PDL"] and has_room(self._streams, columns)
-        return self._launches.bf16(self._place, rows, columns) if takes else None
+    def _launch(self, weight: Stored) -> tuple[int, int]:
+        shape = weight.words.shape[0], weight.words.shape[1]
+        if shape not in self._launched:  # a table is asked once a shape, not once a launch
+            self._launched[shape] = self._launches.launch(self._place, *shape)
+        return self._launched[shape]
 
     def _cut(self, product: str, columns: int) -> dict[str, Any]:
         tile = self._tiles[product]
-        lines = triton.next_power_of_2(triton.cdiv(columns, LINE.value)) if tile.ahead and self._pdl["PDL"] else 0
-        cut = {"K": columns, "R": tile.rows, "C": tile.columns, "DEPTH": tile.depth}
-        cut |= {"LINES": lines, "num_warps": tile.warps}
+        cut = {"K": columns, "R": tile.rows, "C": tile.columns, "DEPTH": tile.depth, "num_warps": tile.warps}
         return cut | {"B": self._streams} | self._pdl
 
     def _norm(self, gain: Tensor, added: Tensor | None) -> Tensor:

@@ -23,15 +23,12 @@ class Tile:
         columns: Of the weight, at a time.
         warps: Of a program.
         depth: How many such tiles a program has under way.
-        ahead: Whether a program has all of its rows come into L2 while it waits for the kernel ahead: worth it where
-            that one leaves the memory idle.
     """
 
     rows: int
     columns: int
     warps: int
     depth: int = 2
-    ahead: bool = False
 
 
 @dataclass(frozen=True)

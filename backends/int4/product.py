@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from backends.int4 import layout
-from backends.native.launches import SHARED_BYTES, table
-from backends.native.loader import extension
+from backends.int4.kernel.launches import SHARED_BYTES, table
+from backends.int4.kernel.loader import extension
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ class Int4Linear(torch.nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.dtype = dtype
-        self._launch = table().int4(str(words.device), *words.shape[:2]) if words.is_cuda else None
+        self._launch = table().launch(str(words.device), *words.shape[:2]) if words.is_cuda else None
 
     def weight(self) -> Tensor:
         """Dequantised, `[rows, columns]`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from backends.native.files import NATIVE
+from backends.int4.kernel.files import FILES
 from backends.quant import groupwise
 from backends.quant.layouts import GptqLayout, GroupwiseOptions, check_scales, in_order
 from registry.api import BadInput, LinearFormat, nearest, unsupported
@@ -39,8 +39,8 @@ class Int4(GptqLayout, LinearFormat):
     """
 
     executions = ("eager", "cuda_graph")
-    min_capability = (9, 0)  # programmatic dependent launch, and bulk requests for L2
-    data = tuple(f"../native/{name}" for name in NATIVE)
+    min_capability = (9, 0)  # programmatic dependent launch
+    data = tuple(f"../int4/kernel/{name}" for name in FILES)
     Options = Int4Options
 
     @property
@@ -79,7 +79,7 @@ class Int4(GptqLayout, LinearFormat):
     @classmethod
     def build(cls, options: Any, device: str) -> None:
         """See `Plugin.build`."""
-        from backends.native.loader import extension
+        from backends.int4.kernel.loader import extension
 
         extension()
 

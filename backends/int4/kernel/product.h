@@ -22,8 +22,8 @@ struct Before {
 };
 
 struct Weight {
-    const void* words;  // bf16 [rows][columns], or int4 as backends/int4/layout.py packs it
-    const __half2* scales;  // of int4, and null of bf16
+    const void* words;  // as backends/int4/layout.py packs it
+    const __half2* scales;
     const __nv_bfloat16* bias;  // [rows] in the order in which the weight has them, or null
 };
 
@@ -42,5 +42,5 @@ struct Behind {
     int capacity, q_heads, kv_heads, head_dim;
 };
 
-// Warps a block, blocks, and how many of its tiles a block has come into L2 while it waits for the kernel ahead.
-cudaError_t product_launch(const Before&, const Weight&, const Behind&, int warps, int blocks, int ahead, cudaStream_t);
+// With so many warps a block, and so many blocks or as many as there are tiles.
+cudaError_t product_launch(const Before&, const Weight&, const Behind&, int warps, int blocks, cudaStream_t);

@@ -12,22 +12,15 @@ void check(const at::Tensor& tensor, at::ScalarType type) {
     TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous() && tensor.scalar_type() == type);
 }
 
-int64_t rows(const at::Tensor& words) { return words.scalar_type() == at::kInt ? words.size(0) * 16 : words.size(0); }
+int64_t rows(const at::Tensor& words) { return words.size(0) * 16; }
 
-// Int4 words with their scales, or a bf16 weight [rows, columns] without.
-Weight weight(const at::Tensor& words, const Maybe& scales, const Maybe& bias, int64_t columns) {
-    if (scales) {
-        check(words, at::kInt);
-        check(*scales, at::kHalf);
-        TORCH_CHECK(words.size(1) * 128 == columns && scales->size(0) == words.size(0) &&
-                    scales->size(1) == words.size(1));
-    } else {
-        check(words, at::kBFloat16);
-        TORCH_CHECK(words.dim() == 2 && words.size(1) == columns && columns % 64 == 0 && words.size(0) % 16 == 0);
-    }
+Weight weight(const at::Tensor& words, const at::Tensor& scales, const Maybe& bias, int64_t columns) {
+    check(words, at::kInt);
+    check(scales, at::kHalf);
+    TORCH_CHECK(words.size(1) * 128 == columns && scales.size(0) == words.size(0) && scales.size(1) == words.size(1));
     if (bias) check(*bias, at::kBFloat16);
     TORCH_CHECK(!bias || bias->numel() == rows(words));
-    return {words.data_ptr(), scales ? static_cast<const __half2*>(scales->data_ptr()) : nullptr,
+    return {words.data_ptr(), static_cast<const __half2*>(scales.data_ptr()),
             bias ? static_cast<const __nv_bfloat16*>(bias->data_ptr()) : nullptr};
 }
 
@@ -56,30 +49,28 @@ Behind behind(Fused what, const at::Tensor& out, const at::Tensor& words) {
     return made;
 }
 
-void launch(const Before& before, const Weight& weight, const Behind& behind, int64_t warps, int64_t blocks,
-            int64_t ahead) {
-    const auto failed =
-        product_launch(before, weight, behind, static_cast<int>(warps), static_cast<int>(blocks),
-                       static_cast<int>(ahead), c10::cuda::getCurrentCUDAStream());
+void launch(const Before& before, const Weight& weight, const Behind& behind, int64_t warps, int64_t blocks) {
+    const auto failed = product_launch(before, weight, behind, static_cast<int>(warps), static_cast<int>(blocks),
+                                       c10::cuda::getCurrentCUDAStream());
     if (failed == cudaSuccess) return;
     cudaGetLastError();  // or whoever asks next takes it for his own
     TORCH_CHECK(false, "the product did not launch: ", cudaGetErrorString(failed));
 }
 
-// x: bf16 [streams, columns]; words and scales as backends/int4/layout.py packs them, or a bf16 weight and none.
+// x: bf16 [streams, columns]; words and scales as backends/int4/layout.py packs them.
 // Returns bf16 [streams, rows].
-at::Tensor product(const at::Tensor& x, const at::Tensor& words, const Maybe& scales, const Maybe& bias,
-                   int64_t warps, int64_t blocks, int64_t ahead) {
+at::Tensor product(const at::Tensor& x, const at::Tensor& words, const at::Tensor& scales, const Maybe& bias,
+                   int64_t warps, int64_t blocks) {
     auto out = at::empty({x.size(0), rows(words)}, x.options());
-    launch(plain(x), weight(words, scales, bias, x.size(1)), behind(Fused::STORE, out, words), warps, blocks, ahead);
+    launch(plain(x), weight(words, scales, bias, x.size(1)), behind(Fused::STORE, out, words), warps, blocks);
     return out;
 }
 
 // residual: float32 [streams, rows], added to; gain: bf16 [rows], of the next norm; scaled: bf16 [streams, rows], what
 // that norm's product reads; squares: int64 [streams or more], added to.
-void residual(const at::Tensor& x, const at::Tensor& words, const Maybe& scales, const at::Tensor& residual,
+void residual(const at::Tensor& x, const at::Tensor& words, const at::Tensor& scales, const at::Tensor& residual,
               const at::Tensor& gain, const at::Tensor& scaled, const at::Tensor& squares, int64_t warps,
-              int64_t blocks, int64_t ahead) {
+              int64_t blocks) {
     check(residual, at::kFloat);
     check(squares, at::kLong);
     for (const auto& tensor : {gain, scaled}) check(tensor, at::kBFloat16);
@@ -89,35 +80,35 @@ void residual(const at::Tensor& x, const at::Tensor& words, const Maybe& scales,
     made.gain = static_cast<const __nv_bfloat16*>(gain.data_ptr());
     made.scaled = static_cast<__nv_bfloat16*>(scaled.data_ptr());
     made.squares = reinterpret_cast<unsigned long long*>(squares.data_ptr());
-    launch(plain(x), weight(words, scales, {}, x.size(1)), made, warps, blocks, ahead);
+    launch(plain(x), weight(words, scales, {}, x.size(1)), made, warps, blocks);
 }
 
 // What stands behind a norm: x is bf16 [streams, columns], the residual stream times the norm's gain, and squares are
 // int64 [streams or more], or none where x is normed already.
 
 // out: bf16 [streams, rows / 2].
-void swiglu(const at::Tensor& x, const Maybe& squares, double eps, const at::Tensor& words, const Maybe& scales,
-            const at::Tensor& out, int64_t warps, int64_t blocks, int64_t ahead) {
+void swiglu(const at::Tensor& x, const Maybe& squares, double eps, const at::Tensor& words, const at::Tensor& scales,
+            const at::Tensor& out, int64_t warps, int64_t blocks) {
     check(out, at::kBFloat16);
     TORCH_CHECK(out.size(0) == x.size(0) && out.size(1) == rows(words) / 2);
     launch(normed(x, squares, eps), weight(words, scales, {}, x.size(1)), behind(Fused::SWIGLU, out, words), warps,
-           blocks, ahead);
+           blocks);
 }
 
 // out: float32 [streams, rows].
-void logits(const at::Tensor& x, const Maybe& squares, double eps, const at::Tensor& words, const Maybe& scales,
-            const at::Tensor& out, int64_t warps, int64_t blocks, int64_t ahead) {
+void logits(const at::Tensor& x, const Maybe& squares, double eps, const at::Tensor& words, const at::Tensor& scales,
+            const at::Tensor& out, int64_t warps, int64_t blocks) {
     check(out, at::kFloat);
     TORCH_CHECK(out.size(0) == x.size(0) && out.size(1) == rows(words));
     launch(normed(x, squares, eps), weight(words, scales, {}, x.size(1)), behind(Fused::LOGITS, out, words), warps,
-           blocks, ahead);
+           blocks);
 }
 
 // q: bf16 [streams, q_heads * head_dim]; cos and sin: float32 [capacity, head_dim / 2];
 // length: int32, 0-d; keys and values: bf16 [streams, kv_heads, capacity, head_dim].
-void qkv(const at::Tensor& x, const Maybe& squares, double eps, const at::Tensor& words, const Maybe& scales,
+void qkv(const at::Tensor& x, const Maybe& squares, double eps, const at::Tensor& words, const at::Tensor& scales,
          const Maybe& bias, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& length, const at::Tensor& q,
-         const at::Tensor& keys, const at::Tensor& values, int64_t warps, int64_t blocks, int64_t ahead) {
+         const at::Tensor& keys, const at::Tensor& values, int64_t warps, int64_t blocks) {
     for (const auto& tensor : {q, keys, values}) check(tensor, at::kBFloat16);
     for (const auto& tensor : {cos, sin}) check(tensor, at::kFloat);
     check(length, at::kInt);
@@ -134,7 +125,7 @@ void qkv(const at::Tensor& x, const Maybe& squares, double eps, const at::Tensor
     made.length = length.data_ptr<int>();
     made.keys = static_cast<__nv_bfloat16*>(keys.data_ptr());
     made.values = static_cast<__nv_bfloat16*>(values.data_ptr());
-    launch(normed(x, squares, eps), weight(words, scales, bias, x.size(1)), made, warps, blocks, ahead);
+    launch(normed(x, squares, eps), weight(words, scales, bias, x.size(1)), made, warps, blocks);
 }
 
 }  // namespace

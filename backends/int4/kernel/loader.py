@@ -1,4 +1,4 @@
-"""The compiled kernels."""
+"""The compiled kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @cache
 def extension() -> Any:
-    """The kernels; compiles them the first time, with nvcc.
+    """The kernel; compiles it the first time, with nvcc.
 
     Raises:
         Exception: As PyTorch's extension loader raises it.
@@ -18,7 +18,7 @@ def extension() -> Any:
 
     here = Path(__file__).parent
     return load(
-        "rfloor_native",
+        "rfloor_int4",
         [str(here / "binding.cpp"), str(here / "product.cu")],
         extra_cuda_cflags=["-O3", "-std=c++17"],
     )

@@ -1,4 +1,4 @@
-"""How the products are launched for a shape on a device: a table, `launches.yaml`, and a rule for what it lacks."""
+"""How the product is launched for a shape on a device: a table, `launches.yaml`, and a rule for what it lacks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from backends.int4.layout import GROUP, ROWS
 from backends.tiles import Place, Table
 
 TABLE = Path(__file__).with_name("launches.yaml")
+PRODUCT = "int4"
+"""In the words of a `Place`."""
 WARPS = (14, 8, 7, 4)
 """Of a block: what the kernel is compiled for."""
-SHARED_BYTES = 200_000
-"""Of shared memory for activations: a block may have 227 KiB on compute capability 9.0, sums included."""
-BF16_GROUP = 64
-"""Columns of a bf16 weight that a warp has at a time."""
+SHARED_BYTES = 180_000
+"""Of shared memory for activations: a block may have 227 KiB on compute capability 9.0, and sums take up to 37 of
+them."""
 FULL = 0.9
 """Least share of the warps' turns in which they have a group."""
 WARPS_A_PROCESSOR = 28
@@ -30,12 +31,10 @@ class Launch:
     Attributes:
         warps: Of a block; they share out a tile's groups.
         blocks: A processor.
-        ahead: How many of its tiles a block has come into L2 while it waits for the kernel ahead.
     """
 
     warps: int
     blocks: int
-    ahead: int = 0
 
 
 class Arguments(NamedTuple):
@@ -44,33 +43,21 @@ class Arguments(NamedTuple):
     Attributes:
         warps: As `Launch` has them.
         blocks: Of all processors.
-        ahead: As `Launch` has it.
     """
 
     warps: int
     blocks: int
-    ahead: int
 
 
 class Launches(Table):
     """The launches that are known."""
 
-    def int4(self, device: str, tiles: int, groups: int) -> Arguments:
-        """For an int4 weight of so many tiles of rows and groups of columns, as the packed words have them."""
+    def launch(self, device: str, tiles: int, groups: int) -> Arguments:
+        """For a weight of so many tiles of rows and groups of columns, as the packed words have them."""
         name, processors = _device(device)
-        found = self.find(Place(name, "int4", tiles * ROWS, groups * GROUP))
-        return _arguments(Launch(**found) if found else fitting(groups), processors)
-
-    def bf16(self, device: str, rows: int, columns: int) -> Arguments | None:
-        """For a bf16 weight; `None` where another kernel is the better one, or this one does not take the shape."""
-        name, processors = _device(device)
-        found = self.find(Place(name, "bf16", rows, columns))
-        takes = rows % ROWS == 0 and columns % BF16_GROUP == 0
-        return _arguments(Launch(**found), processors) if found and takes else None
-
-
-def _arguments(launch: Launch, processors: int) -> Arguments:
-    return Arguments(launch.warps, processors * launch.blocks, launch.ahead)
+        found = self.find(Place(name, PRODUCT, tiles * ROWS, groups * GROUP))
+        launch = Launch(**found) if found else fitting(groups)
+        return Arguments(launch.warps, processors * launch.blocks)
 
 
 def has_room(streams: int, columns: int) -> bool:

@@ -1,0 +1,197 @@
+// One to eight rows of activations times an int4 weight, on tensor cores, with what stands before and behind the product
+// fused around it.
+//
+// A block has W warps and serves tiles of 16 output features, one after the other; its warps share out a tile's groups
+// of 128 input features, and each has the activations of its own. E is what becomes of a tile.
+//
+// A processor has few tiles of most weights, so what counts is how soon the first is done once the kernel ahead is: what
+// that kernel does not write is loaded before the wait, and between the wait and the first product stands one load of
+// activations.
+#include "endings.cuh"
+
+namespace {
+
+constexpr int LANES = GROUP / 8;  // that have eight input features each of a group
+
+// A warp's own groups of the activations into shared memory, and -136 times the sum of each: `off` is [groups][8 streams].
+// Of a group the four lanes that share a row of the weight find their sixteen bytes side by side.
+template <int W>
+__device__ __forceinline__ void stage(uint4* x, float* off, const Before& before, int warp, int lane) {
+    constexpr int AT_ONCE = 32 / LANES, BATCH = 4;
+    const int groups = before.columns / GROUP, which = lane / LANES * W, eight = lane % LANES;
+    const int to = eight % 4 * 4 + eight / 4;
+    for (int stream = 0; stream < before.streams; ++stream) {
+        const auto* from = reinterpret_cast<const uint4*>(before.x) + stream * groups * LANES;
+        for (int begin = warp; begin < groups; begin += AT_ONCE * BATCH * W) {
+            uint4 held[BATCH];  // what is to be loaded is under way before the first of it is stored
+#pragma unroll
+            for (int d = 0; d < BATCH; ++d) {
+                const int group = begin + AT_ONCE * d * W + which;
+                held[d] = group < groups ? from[group * LANES + eight] : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int d = 0; d < BATCH; ++d) {
+                if (begin + AT_ONCE * d * W >= groups) break;
+                const int group = begin + AT_ONCE * d * W + which;
+                const auto* two = reinterpret_cast<const __nv_bfloat162*>(&held[d]);
+                float total = 0;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float2 pair = __bfloat1622float2(two[i]);
+                    total += pair.x + pair.y;
+                }
+#pragma unroll
+                for (int apart = LANES / 2; apart; apart /= 2) total += __shfl_xor_sync(~0u, total, apart);
+                if (group < groups) {
+                    x[(stream * groups + group) * LANES + to] = held[d];
+                    if (eight == 0) off[group * STREAMS + stream] = -TOO_MUCH * total;
+                }
+            }
+        }
+    }
+    __syncwarp();
+}
+
+constexpr int RESIDENT = 28;  // warps that a processor's registers have room for
+
+constexpr int DEPTH = 2;  // groups that a warp has under way
+
+template <int W, class E>
+__device__ __forceinline__ void run(const Before& before, const Weight& weight, const Behind& behind) {
+    static_assert(8 * STREAMS <= 32 * W, "where sums meet a thread has one stream");
+    extern __shared__ __align__(16) unsigned char shared[];
+    const int columns = before.columns, groups = columns / GROUP, tiles = behind.rows / ROWS;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = threadIdx.x % 8, stream = threadIdx.x / 8;
+    const bool ends = stream < before.streams;  // has a part of what becomes of the sums
+    // [2][W][16][8]: one tile's sums are read while the next one's come.
+    auto* found = reinterpret_cast<float*>(shared);
+    auto* x = reinterpret_cast<uint4*>(found + 2 * W * ROWS * STREAMS);
+    auto* nothing = x + before.streams * groups * LANES;  // a lane's activations where no stream is
+    auto* off = reinterpret_cast<float*>(nothing + LANES);
+
+    asm volatile("griddepcontrol.launch_dependents;");
+    Part part(weight, groups, blockIdx.x, warp, lane);
+    Held codes[DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d)
+        if (warp + d * W < groups) codes[d] = part.load(d * W);
+    const float share = 1 / (UNIT * columns);
+    const int row = E::row(behind);
+    typename E::Fixed fixed{};
+    if (ends) fixed = E::fixed(weight, behind, blockIdx.x, r, row);
+    if (lane < LANES) nothing[lane] = make_uint4(0, 0, 0, 0);  // every warp for itself
+    for (int group = warp + lane * W; group < groups; group += 32 * W)
+        for (int s = before.streams; s < STREAMS; ++s) off[group * STREAMS + s] = 0;
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    typename E::Found there{};
+    if (ends) there = E::found(behind, blockIdx.x, r, stream);
+    const float square = ends && before.squares ? static_cast<float>(before.squares[stream]) : 0;
+    stage<W>(x, off, before, warp, lane);
+    const bool here = lane / 4 < before.streams;
+    const int apart = here ? LANES : 0;
+    const uint4* own = (here ? x + lane / 4 * groups * LANES : nothing) + warp * apart + lane % 4;
+    float scale = 0;
+
+    for (int tile = blockIdx.x, turn = 0; tile < tiles; turn ^= W * ROWS * STREAMS) {
+        float sums[4] = {0, 0, 0, 0};
+        const uint4* at = own;
+        const auto* its = reinterpret_cast<const float2*>(off) + warp * (STREAMS / 2) + lane % 4;
+        for (int begin = warp; begin < groups; begin += DEPTH * W) {
+#pragma unroll
+            for (int d = 0; d < DEPTH; ++d) {
+                if (begin + d * W < groups) add(sums, codes[d], at, its[d * W * (STREAMS / 2)]);
+                at += W * apart;
+                if (begin + (DEPTH + d) * W < groups) codes[d] = part.load((DEPTH + d) * W);
+            }
+            its += DEPTH * W * (STREAMS / 2);
+            part.on(DEPTH * W);
+        }
+        const int next = tile + gridDim.x;
+        if (next < tiles) {  // its first groups are under way while sums meet
+            part = Part(weight, groups, next, warp, lane);
+#pragma unroll
+            for (int d = 0; d < DEPTH; ++d)
+                if (warp + d * W < groups) codes[d] = part.load(d * W);
+        }
+        auto* mine = found + turn + (warp * ROWS + lane / 4) * STREAMS + lane % 4 * 2;
+        *reinterpret_cast<float2*>(mine) = make_float2(sums[0], sums[1]);
+        *reinterpret_cast<float2*>(mine + 8 * STREAMS) = make_float2(sums[2], sums[3]);
+        __syncthreads();
+        if (ends) {
+            float a = 0, b = 0;
+#pragma unroll
+            for (int w = 0; w < W; ++w) {
+                a += found[turn + (w * ROWS + r) * STREAMS + stream];
+                b += found[turn + (w * ROWS + r + 8) * STREAMS + stream];
+            }
+            if (tile == blockIdx.x)
+                scale = before.squares ? rsqrtf(square * share + before.eps) : 1;
+            E::put(behind, fixed, there, tile, r, stream, row, a * scale, b * scale);
+            if (next < tiles) {
+                fixed = E::fixed(weight, behind, next, r, row);
+                there = E::found(behind, next, r, stream);
+            }
+        }
+        tile = next;
+    }
+}
+
+// Its name is what a profiler sees.
+template <int W, class E>
+__global__ void __launch_bounds__(32 * W, RESIDENT / W)
+    int4_product(const Before before, const Weight weight, const Behind behind) {
+    run<W, E>(before, weight, behind);
+}
+
+template <int W, class E>
+cudaError_t launch(const Before& before, const Weight& weight, const Behind& behind, int blocks, cudaStream_t stream) {
+    const size_t groups = before.columns / GROUP;
+    const size_t shared = sizeof(uint4) * LANES * (before.streams * groups + 1) +
+                          sizeof(float) * STREAMS * (groups + 2 * W * ROWS);
+    auto* kernel = int4_product<W, E>;
+    // What a block may have, not what this one has: a graph may be launched after another launch set it.
+    int device = 0, most = 0;
+    if (const auto failed = cudaGetDevice(&device)) return failed;
+    if (const auto failed = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+        return failed;
+    if (shared > static_cast<size_t>(most)) return cudaErrorInvalidValue;
+    if (const auto failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most))
+        return failed;
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(min(blocks, behind.rows / ROWS));
+    config.blockDim = dim3(32 * W);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, before, weight, behind);
+}
+
+template <class E>
+cudaError_t with(const Before& before, const Weight& weight, const Behind& behind, int warps, int blocks,
+                 cudaStream_t stream) {
+    switch (warps) {
+        case 4: return launch<4, E>(before, weight, behind, blocks, stream);
+        case 7: return launch<7, E>(before, weight, behind, blocks, stream);
+        case 8: return launch<8, E>(before, weight, behind, blocks, stream);
+        case 14: return launch<14, E>(before, weight, behind, blocks, stream);
+        default: return cudaErrorInvalidValue;
+    }
+}
+
+}  // namespace
+
+cudaError_t product_launch(const Before& before, const Weight& weight, const Behind& behind, int warps, int blocks,
+                           cudaStream_t stream) {
+    switch (behind.what) {
+        case Fused::STORE: return with<Store>(before, weight, behind, warps, blocks, stream);
+        case Fused::RESIDUAL: return with<Residual>(before, weight, behind, warps, blocks, stream);
+        case Fused::SWIGLU: return with<Swiglu>(before, weight, behind, warps, blocks, stream);
+        case Fused::LOGITS: return with<Logits>(before, weight, behind, warps, blocks, stream);
+        case Fused::ROTARY: return with<Rotary>(before, weight, behind, warps, blocks, stream);
+        default: return cudaErrorInvalidValue;
+    }
+}
