@@ -103,13 +103,25 @@ class Int4Kernels:
             out *= (squares[: len(x), None] / (UNIT * x.shape[1]) + eps).rsqrt()
         return (out if bias is None else out + bias.float()).unflatten(-1, (-1, 2, 8))
 
+    @staticmethod
+    def take(tickets: Any) -> None:
+        """As blocks take tiles: from 0 on in every step."""
+        assert int(tickets[0]) == 0
+        tickets[0] += 5
+
     @classmethod
-    def swiglu(cls, x: Any, squares: Any, eps: float, words: Any, scales: Any, out: Any, *launch: int) -> None:
+    def swiglu(
+        cls, x: Any, squares: Any, eps: float, words: Any, scales: Any, out: Any, tickets: Any, *launch: int
+    ) -> None:
+        cls.take(tickets)
         gate, up = cls.normed(x, squares, eps, words, scales, None).unbind(2)
         out.copy_((gate * gate.sigmoid() * up).flatten(1))
 
     @classmethod
-    def logits(cls, x: Any, squares: Any, eps: float, words: Any, scales: Any, out: Any, *launch: int) -> None:
+    def logits(
+        cls, x: Any, squares: Any, eps: float, words: Any, scales: Any, out: Any, tickets: Any, *launch: int
+    ) -> None:
+        cls.take(tickets)
         out.copy_(cls.normed(x, squares, eps, words, scales, None).flatten(1))
 
     @classmethod

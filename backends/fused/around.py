@@ -18,10 +18,10 @@ def fused_embed(
     gain,  # [K]: of the first norm
     x,  # float32 [B, K]
     scaled,  # [B, K]
-    squares,  # int64 [norms, stride]: the first norm's are written, the others' begin at 0
+    counts,  # int64 [COUNTS, stride]: the first norm's squares are written; the others' and the rest begin at 0
     stride,
-    NORMS: tl.constexpr,
-    P: tl.constexpr,  # NORMS rounded up to a power of two
+    COUNTS: tl.constexpr,
+    P: tl.constexpr,  # COUNTS rounded up to a power of two
     K: tl.constexpr,
     C: tl.constexpr,  # K rounded up to a power of two
     PDL: tl.constexpr,
@@ -37,9 +37,9 @@ def fused_embed(
     gains = tl.load(gain + columns, mask=columns < K, other=0.0).to(tl.float32)
     tl.store(x + stream * K + columns, values, mask=columns < K)
     tl.store(scaled + stream * K + columns, (values * gains).to(scaled.dtype.element_ty), mask=columns < K)
-    norm = tl.arange(0, P)
-    counts = tl.where(norm == 0, whole(tl.sum(values * values, 0)), 0)
-    tl.store(squares + norm * stride + stream, counts, mask=norm < NORMS)
+    one = tl.arange(0, P)
+    begun = tl.where(one == 0, whole(tl.sum(values * values, 0)), 0)
+    tl.store(counts + one * stride + stream, begun, mask=one < COUNTS)
 
 
 @triton.jit

@@ -137,9 +137,11 @@ class Step:
         self._x = room(a.hidden, dtype=torch.float32)
         self._scaled, self._normed = room(a.hidden), room(a.hidden)
         self._q, self._attended, self._inner = room(q), room(q), room(a.ffn)
-        # Of each norm; a row of them begins at a multiple of sixteen bytes, which kernels are compiled for.
-        counts = torch.zeros(2 * a.layers + 1, 2 * triton.cdiv(streams, 2), dtype=torch.int64, device=device)
-        self._squares = list(counts)
+        # A row for each norm's squares, and one for each product whose blocks take tiles as they come. A row begins
+        # at a multiple of sixteen bytes, which kernels are compiled for.
+        norms, taken = 2 * a.layers + 1, a.layers + 1
+        self._counts = torch.zeros(norms + taken, 2 * triton.cdiv(streams, 2), dtype=torch.int64, device=device)
+        self._squares, self._tickets = list(self._counts[:norms]), list(self._counts[norms:])
         self._sums = room(a.q_heads, parts, a.head_dim, dtype=torch.float32)
         self._peaks = room(a.q_heads, parts, 2, dtype=torch.float32)
 
@@ -162,7 +164,7 @@ class Step:
             self._qkv(index, block)
             self._attend(index, self._q)
             self._residual("out", self._attended, block.out, after, self._squares[2 * index + 1])
-            self._swiglu(block.gate_up, self._squares[2 * index + 1])
+            self._swiglu(index, block.gate_up)
             self._residual("down", self._inner, block.down, following, self._squares[2 * index + 2])
         if callable(w.head):
             return w.head(self._norm(w.norm, pending)).float()
@@ -171,12 +173,12 @@ class Step:
         return self._head(self._scaled, self._squares[-1])
 
     def _embed(self, token: Tensor) -> None:
-        w, k, squares = self._weights, self._a.hidden, self._squares
-        norms = {"NORMS": len(squares), "P": triton.next_power_of_2(len(squares))}
+        w, k, counts = self._weights, self._a.hidden, self._counts
+        rows = {"COUNTS": len(counts), "P": triton.next_power_of_2(len(counts))}
         # Behind everything ahead of it: what comes up early behind it may read what the step before wrote.
         fused_embed[(self._streams,)](
-            *(token, w.embedding, w.norms[0][0], self._x, self._scaled, squares[0], squares[0].numel()),
-            **(norms | {"K": k, "C": triton.next_power_of_2(k), "PDL": self._pdl["PDL"], "num_warps": 8}),
+            *(token, w.embedding, w.norms[0][0], self._x, self._scaled, counts, counts.shape[1]),
+            **(rows | {"K": k, "C": triton.next_power_of_2(k), "PDL": self._pdl["PDL"], "num_warps": 8}),
         )
 
     def _qkv(self, index: int, block: Stacked) -> None:
@@ -205,15 +207,16 @@ class Step:
             **(merged | {"LAST": index + 1 == a.layers} | self._pdl),
         )
 
-    def _swiglu(self, weight: Tensor | Stored, squares: Tensor) -> None:
-        a, eps = self._a, self._a.rms_norm_eps
+    def _swiglu(self, index: int, weight: Tensor | Stored) -> None:
+        a, eps, squares = self._a, self._a.rms_norm_eps, self._squares[2 * index + 1]
         if isinstance(weight, torch.Tensor):
             fused_swiglu[(a.ffn // self._tiles["swiglu"].rows,)](
                 *(self._scaled, squares, weight, self._inner, eps), **({"F": a.ffn} | self._cut("swiglu", a.hidden))
             )
         else:
             stored = (weight.words, weight.scales)
-            self._int4.swiglu(self._scaled, squares, eps, *stored, self._inner, *self._launch(weight))
+            taken = (self._tickets[index], *self._launch(weight))
+            self._int4.swiglu(self._scaled, squares, eps, *stored, self._inner, *taken)
 
     def _residual(self, product: str, inner: Tensor, weight: Tensor | Stored, gain: Tensor, squares: Tensor) -> None:
         joined = (gain, self._scaled, squares)
@@ -236,7 +239,8 @@ class Step:
             )
         elif not callable(head):
             stored = (head.words, head.scales)
-            self._int4.logits(x, squares, a.rms_norm_eps, *stored, logits, *self._launch(head))
+            taken = (self._tickets[-1], *self._launch(head))
+            self._int4.logits(x, squares, a.rms_norm_eps, *stored, logits, *taken)
         return logits
 
     @property

@@ -41,6 +41,13 @@ Before normed(const at::Tensor& x, const Maybe& squares, double eps) {
     return made;
 }
 
+// Where blocks take their tiles as they come: int64, its first is 0 when the step begins.
+unsigned long long* counter(const at::Tensor& tickets) {
+    check(tickets, at::kLong);
+    TORCH_CHECK(tickets.numel() >= 1);
+    return reinterpret_cast<unsigned long long*>(tickets.data_ptr());
+}
+
 Behind behind(Fused what, const at::Tensor& out, const at::Tensor& words) {
     Behind made{};
     made.what = what;
@@ -88,20 +95,22 @@ void residual(const at::Tensor& x, const at::Tensor& words, const at::Tensor& sc
 
 // out: bf16 [streams, rows / 2].
 void swiglu(const at::Tensor& x, const Maybe& squares, double eps, const at::Tensor& words, const at::Tensor& scales,
-            const at::Tensor& out, int64_t warps, int64_t blocks) {
+            const at::Tensor& out, const at::Tensor& tickets, int64_t warps, int64_t blocks) {
     check(out, at::kBFloat16);
     TORCH_CHECK(out.size(0) == x.size(0) && out.size(1) == rows(words) / 2);
-    launch(normed(x, squares, eps), weight(words, scales, {}, x.size(1)), behind(Fused::SWIGLU, out, words), warps,
-           blocks);
+    auto made = behind(Fused::SWIGLU, out, words);
+    made.tickets = counter(tickets);
+    launch(normed(x, squares, eps), weight(words, scales, {}, x.size(1)), made, warps, blocks);
 }
 
 // out: float32 [streams, rows].
 void logits(const at::Tensor& x, const Maybe& squares, double eps, const at::Tensor& words, const at::Tensor& scales,
-            const at::Tensor& out, int64_t warps, int64_t blocks) {
+            const at::Tensor& out, const at::Tensor& tickets, int64_t warps, int64_t blocks) {
     check(out, at::kFloat);
     TORCH_CHECK(out.size(0) == x.size(0) && out.size(1) == rows(words));
-    launch(normed(x, squares, eps), weight(words, scales, {}, x.size(1)), behind(Fused::LOGITS, out, words), warps,
-           blocks);
+    auto made = behind(Fused::LOGITS, out, words);
+    made.tickets = counter(tickets);
+    launch(normed(x, squares, eps), weight(words, scales, {}, x.size(1)), made, warps, blocks);
 }
 
 // q: bf16 [streams, q_heads * head_dim]; cos and sin: float32 [capacity, head_dim / 2];

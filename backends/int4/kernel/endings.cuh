@@ -57,7 +57,7 @@ struct Residual : Plain {
         behind.scaled[at] = __float2bfloat16(a * __bfloat162float(gain.a));
         behind.scaled[at + 8] = __float2bfloat16(b * __bfloat162float(gain.b));
         float squares = a * a + b * b;  // of the eight lanes that have a stream's part of the tile
-        const unsigned eight = 0xffu << threadIdx.x % 32 / 8 * 8;
+        const unsigned eight = 0xffu << threadIdx.x % 32 / 16 * 16;
 #pragma unroll
         for (int apart = 4; apart; apart /= 2) squares += __shfl_xor_sync(eight, squares, apart);
         if (r == 0) atomicAdd(behind.squares + stream, static_cast<unsigned long long>(__float2ll_rn(squares * UNIT)));

@@ -58,14 +58,17 @@ constexpr int DEPTH = 2;  // groups that a warp has under way
 
 template <int W, class E>
 __device__ __forceinline__ void run(const Before& before, const Weight& weight, const Behind& behind) {
-    static_assert(8 * STREAMS <= 32 * W, "where sums meet a thread has one stream");
+    static_assert(ROWS * STREAMS <= 32 * W, "where sums meet a thread has one stream");
     extern __shared__ __align__(16) unsigned char shared[];
     const int columns = before.columns, groups = columns / GROUP, tiles = behind.rows / ROWS;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = threadIdx.x % 8, stream = threadIdx.x / 8;
-    const bool ends = stream < before.streams;  // has a part of what becomes of the sums
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int own_row = threadIdx.x % ROWS, r = own_row % 8, stream = threadIdx.x / ROWS;
+    const bool sums_up = stream < before.streams;  // one row of a tile
+    const bool ends = sums_up && own_row < 8;      // has a part of what becomes of rows r and r + 8
     // [2][W][16][8]: one tile's sums are read while the next one's come.
     auto* found = reinterpret_cast<float*>(shared);
-    auto* x = reinterpret_cast<uint4*>(found + 2 * W * ROWS * STREAMS);
+    auto* later = reinterpret_cast<int*>(found + 2 * W * ROWS * STREAMS);  // [2], by turns too: the tile after the next
+    auto* x = reinterpret_cast<uint4*>(later + 4);
     auto* nothing = x + before.streams * groups * LANES;  // a lane's activations where no stream is
     auto* off = reinterpret_cast<float*>(nothing + LANES);
 
@@ -92,7 +95,11 @@ __device__ __forceinline__ void run(const Before& before, const Weight& weight, 
     const uint4* own = (here ? x + lane / 4 * groups * LANES : nothing) + warp * apart + lane % 4;
     float scale = 0;
 
-    for (int tile = blockIdx.x, turn = 0; tile < tiles; turn ^= W * ROWS * STREAMS) {
+    int tile = blockIdx.x, next = tile + gridDim.x;
+    for (int turn = 0; tile < tiles; turn ^= 1) {
+        int ticket = 0;
+        if (threadIdx.x == 0 && next < tiles && behind.tickets)
+            ticket = static_cast<int>(atomicAdd(behind.tickets, 1ull));
         float sums[4] = {0, 0, 0, 0};
         const uint4* at = own;
         const auto* its = reinterpret_cast<const float2*>(off) + warp * (STREAMS / 2) + lane % 4;
@@ -106,24 +113,26 @@ __device__ __forceinline__ void run(const Before& before, const Weight& weight, 
             its += DEPTH * W * (STREAMS / 2);
             part.on(DEPTH * W);
         }
-        const int next = tile + gridDim.x;
         if (next < tiles) {  // its first groups are under way while sums meet
             part = Part(weight, groups, next, warp, lane);
 #pragma unroll
             for (int d = 0; d < DEPTH; ++d)
                 if (warp + d * W < groups) codes[d] = part.load(d * W);
         }
-        auto* mine = found + turn + (warp * ROWS + lane / 4) * STREAMS + lane % 4 * 2;
+        auto* all = found + turn * W * ROWS * STREAMS;
+        auto* mine = all + (warp * ROWS + lane / 4) * STREAMS + lane % 4 * 2;
         *reinterpret_cast<float2*>(mine) = make_float2(sums[0], sums[1]);
         *reinterpret_cast<float2*>(mine + 8 * STREAMS) = make_float2(sums[2], sums[3]);
+        if (threadIdx.x == 0) later[turn] = behind.tickets ? 2 * gridDim.x + ticket : next + gridDim.x;
         __syncthreads();
-        if (ends) {
-            float a = 0, b = 0;
+        const int then = later[turn];
+        float a = 0;
+        if (sums_up) {
 #pragma unroll
-            for (int w = 0; w < W; ++w) {
-                a += found[turn + (w * ROWS + r) * STREAMS + stream];
-                b += found[turn + (w * ROWS + r + 8) * STREAMS + stream];
-            }
+            for (int w = 0; w < W; ++w) a += all[(w * ROWS + own_row) * STREAMS + stream];
+        }
+        const float b = __shfl_xor_sync(~0u, a, 8);
+        if (ends) {
             if (tile == blockIdx.x)
                 scale = before.squares ? rsqrtf(square * share + before.eps) : 1;
             E::put(behind, fixed, there, tile, r, stream, row, a * scale, b * scale);
@@ -132,7 +141,7 @@ __device__ __forceinline__ void run(const Before& before, const Weight& weight, 
                 there = E::found(behind, next, r, stream);
             }
         }
-        tile = next;
+        tile = next, next = then;
     }
 }
 
@@ -147,7 +156,7 @@ template <int W, class E>
 cudaError_t launch(const Before& before, const Weight& weight, const Behind& behind, int blocks, cudaStream_t stream) {
     const size_t groups = before.columns / GROUP;
     const size_t shared = sizeof(uint4) * LANES * (before.streams * groups + 1) +
-                          sizeof(float) * STREAMS * (groups + 2 * W * ROWS);
+                          sizeof(float) * STREAMS * (groups + 2 * W * ROWS) + 4 * sizeof(int);
     auto* kernel = int4_product<W, E>;
     // What a block may have, not what this one has: a graph may be launched after another launch set it.
     int device = 0, most = 0;
@@ -178,6 +187,7 @@ cudaError_t with(const Before& before, const Weight& weight, const Behind& behin
         case 7: return launch<7, E>(before, weight, behind, blocks, stream);
         case 8: return launch<8, E>(before, weight, behind, blocks, stream);
         case 14: return launch<14, E>(before, weight, behind, blocks, stream);
+        case 28: return launch<28, E>(before, weight, behind, blocks, stream);
         default: return cudaErrorInvalidValue;
     }
 }

@@ -31,6 +31,8 @@ struct Behind {
     Fused what;
     void* out;
     int rows;
+    // Tiles that blocks took beyond their first two, 0 when the step begins; null: each block's are fixed beforehand.
+    unsigned long long* tickets;
     // RESIDUAL alone
     const __nv_bfloat16* gain;  // [rows], of the next norm
     __nv_bfloat16* scaled;  // [streams][rows]
