@@ -115,7 +115,7 @@ def test_the_protocols_numbers(composer: Composer, name: str, numbers: tuple[int
 
 
 @pytest.mark.parametrize(
-    ("name", "sessions"), [("graphs_ab", 10), ("attention", 3), ("quant", 3), ("matrix", 1), ("batch4", 3)]
+    ("name", "sessions"), [("graphs_ab", 10), ("attention", 3), ("quant", 3), ("matrix", 1), ("batch4", 10)]
 )
 def test_how_often_an_experiment_s_cells_are_measured(composer: Composer, name: str, sessions: int) -> None:
     found = {composer.cell(job).protocol.sessions for job in jobs(composer, f"experiment={name}")[::7]}

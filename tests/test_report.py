@@ -287,6 +287,19 @@ def test_arms_that_failed_are_named(sessions: list[Observation], experiment: Exp
     assert "of 3 registered sessions some have no figures: cuda_graph oom x1" in line
 
 
+def test_student_s_interval_decides_where_the_bootstrap_s_would_have_it_otherwise(
+    sessions: list[Observation], experiment: ExperimentConfig
+) -> None:
+    """A few sessions' percentile interval is too short: a threshold just below it is not survived yet."""
+    [pair] = pairs(sessions, experiment)
+    student, bootstrap = pair.comparison.student, pair.comparison.bootstrap
+    assert student is not None
+    assert bootstrap is not None
+    between = with_threshold(experiment, (student.low + bootstrap.low) / 2)
+    assert student.low < between.claims[0].speedup < bootstrap.low
+    assert verdicts(sessions, between, fixed(between, sessions))[0].startswith("inconclusive: launch overhead")
+
+
 def test_another_interval_than_the_registered_one_judges_nothing(
     sessions: list[Observation], experiment: ExperimentConfig
 ) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from registry import floor
+from registry.display import AXES
 from registry.report.document import Row, Section, Table
 from registry.report.labels import label, number, percent, varying
 from registry.report.observation import TPOT, Measured, cells
@@ -70,7 +71,9 @@ def cost(observations: Sequence[Observation], prices: Mapping[str, float]) -> li
         prices: Dollars an hour by GPU profile.
     """
     priced, best = _priced(observations, prices), ladders(observations, prices)
-    axes = [axis for axis in varying(priced) if axis not in ("model", "context", "batch_size", "gpu")]
+    told = varying([rung.cell for ladder in best.values() for rung in ladder.values()]) if best else []
+    axes = [axis for axis in varying(priced) if axis in AXES or axis in told] if best else []
+    axes = [axis for axis in axes if axis not in ("model", "context", "batch_size", "gpu")]
     headings = ["model", "context", "batch", "GPU", *axes, "$/h", "TPOT ms", "within", "across"]
     headings += ["$/Mtok", "times the cheapest"]
     rows = [row for workload, ladder in sorted(best.items()) for row in _rows(workload, ladder, axes)]

@@ -44,6 +44,8 @@ def _leaves(part: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def telling(places: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
     """The axes that tell cells apart: all of the first tier that vary, of the others what equal labels still need.
 
+    Of a later tier a value that a cell's record lacks tells it from none: an older version knew no such key.
+
     Args:
         places: Of each cell its tiers, as `tiers` gives them.
     """
@@ -54,12 +56,13 @@ def telling(places: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
         for cell, place in zip(whole, places, strict=True):
             groups.setdefault(tuple(cell.get(axis, "") for axis in axes), []).append(place[number])
         names = dict.fromkeys(axis for group in groups.values() for place in group for axis in place)
-        axes += [
-            axis
-            for axis in names
-            if any(len({place.get(axis, "") for place in group}) > 1 for group in groups.values())
-        ]
+        axes += [axis for axis in names if any(_differ(group, axis, absent=number == 0) for group in groups.values())]
     return _without_implied(axes, [place[0] for place in places])
+
+
+def _differ(group: Sequence[Mapping[str, str]], axis: str, absent: bool) -> bool:
+    """Whether cells have different values on an axis; `absent`: whether none counts as one."""
+    return len({place.get(axis, "") for place in group if absent or axis in place}) > 1
 
 
 def _without_implied(axes: list[str], chosen: Sequence[Mapping[str, str]]) -> list[str]:

@@ -92,7 +92,8 @@ def _whole(one: Measured) -> list[str]:
         if name in found
     ]
     return [
-        f"Of a profiled step: {', '.join(parts)}. Its trace is the run's trace.json.gz.",
+        f"Of a profiled step: {', '.join(parts)}. Its trace is trace.json.gz beside its record, "
+        "and the run's if it lay there when the run was logged.",
         "a block is how often each decoder block launches a kernel anew: its launches a step over the number of "
         "blocks, rounded.",
     ]
