@@ -13,7 +13,9 @@ file in conf/ or in a plugin's folder, an experiment's cells):
   its plugin's own values hold, which no YAML file changes.
 - Flags that bring another configuration; `--experimental-rerun` unpickles one.
 - The interpreter that a cell runs under: a plugin's class says it, and no option.
-- Drivers and plugins in `tracking.uri`, which SQLAlchemy imports (`registry.validate`).
+- Drivers and plugins in `tracking.uri`, which SQLAlchemy imports, and of what stands behind its ? all but the
+  parameters of `registry.validate`: a driver and the libraries below it load what others name.
+- Stores of `tracking.artifacts` that MLflow has from a plugin of its own, and hdfs.
 - A `cache.folder` of another user's, or one that others may write into: PyTorch, Triton and FlashInfer load what they
   compiled out of it, and PyTorch unpickles there.
 

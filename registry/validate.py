@@ -45,8 +45,48 @@ DRIVERS = {
     "mssql": ("mssql+pyodbc",),
 }
 """Databases that MLflow takes -> how their addresses may begin. SQLAlchemy imports the driver that stands there."""
-LOADING = ("plugin", "odbc_connect", "read_default_file", "read_default_group", "filedsn", "savefile")
-"""Parameters of a database's address by which SQLAlchemy or a driver is told what to import, load, read or write."""
+FILES = ("sslrootcert", "sslcert", "sslkey", "ssl_ca", "ssl_cert", "ssl_key")
+"""Parameters whose value is a file's name. To libpq an `sslkey` with a colon is a key of an OpenSSL engine, which is
+loaded: a file is named by its whole path, and without a colon."""
+PARAMETERS = {
+    "sqlite": ("timeout",),
+    "postgresql": (
+        *("host", "hostaddr", "port", "user", "password", "connect_timeout", "application_name", "client_encoding"),
+        *("sslmode", "sslnegotiation", "sslrootcert", "sslcert", "sslkey", "ssl_min_protocol_version"),
+        *("channel_binding", "gssencmode", "require_auth", "target_session_attrs", "load_balance_hosts"),
+        *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"),
+    ),
+    "mysql": (
+        *("charset", "collation", "use_unicode", "connect_timeout", "read_timeout", "write_timeout", "unix_socket"),
+        *("ssl_ca", "ssl_cert", "ssl_key", "ssl_check_hostname", "ssl_verify_cert", "ssl_verify_identity"),
+    ),
+    "mssql": (
+        *("driver", "encrypt", "trustservercertificate", "hostnameincertificate", "trusted_connection", "app"),
+        *("applicationintent", "multisubnetfailover", "mars_connection", "timeout", "logintimeout", "autocommit"),
+    ),
+}
+"""Databases -> what may stand behind the ? of their addresses. Whatever stands there goes on to the driver and the
+libraries below it, and of their parameters nobody has counted those that name what is imported, loaded or written."""
+INSTALLED = re.compile(r"[\w .()-]+")
+"""An ODBC driver by the name under which it is installed, and no library's file."""
+STORES = (
+    "file",
+    "s3",
+    "r2",
+    "b2",
+    "gs",
+    "wasbs",
+    "abfss",
+    "dbfs",
+    "ftp",
+    "sftp",
+    "http",
+    "https",
+    "mlflow-artifacts",
+)
+"""Where MLflow itself can keep artifacts. Any other store it knows from a plugin of its own, but for HDFS, whose
+client is a native library that is looked for at run time."""
+ESCAPED = "a password's / @ : # ? are written %2F %40 %3A %23 %3F"
 SERVERS = ("http", "https")
 SQLITE_MAGIC = b"SQLite format 3\x00"
 TARGET = "_target_"
@@ -301,7 +341,7 @@ def _tracking(tracking: TrackingConfig) -> Iterator[str]:
             f"tracking.uri={uri}: MLflow is reached by "
             f"{', '.join(f'{s}://' for s in (*DRIVERS, *SERVERS))}; did you mean sqlite:///mlflow.db?"
         )
-    elif scheme in DRIVERS and (problem := _driver(tracking.uri, DRIVERS[scheme])):
+    elif scheme in DRIVERS and (problem := _driver(tracking.uri, scheme)):
         yield f"tracking.uri={uri}: {problem}"
     elif scheme == "sqlite":
         yield from _sqlite(_sqlite_path(tracking.uri), uri)
@@ -316,17 +356,38 @@ def _tracking(tracking: TrackingConfig) -> Iterator[str]:
         )
     elif tracking.artifacts and "://" not in tracking.artifacts:
         yield from _folder("tracking.artifacts", tracking.artifacts)
+    elif tracking.artifacts and (store := tracking.artifacts.partition("://")[0]) not in STORES:
+        yield f"tracking.artifacts={tracking.artifacts}: {nearest(store, STORES)}"
 
 
-def _driver(uri: str, known: tuple[str, ...]) -> str:
+def _driver(uri: str, scheme: str) -> str:
     """Why a database's address would have something loaded that it names itself; empty if it would not."""
-    if (begins := uri.partition("://")[0]) not in known:
-        return f"{nearest(begins, known)}, and no other driver"
-    for parameter in re.split("[?&;]", uri)[1:]:
-        name, _, value = (unquote_plus(part).lower() for part in parameter.partition("="))
-        if name in LOADING or (name == "driver" and "/" in value):
-            return f"{name}= names what the database's driver would load; an address says where the database is"
+    if (begins := uri.partition("://")[0]) not in DRIVERS[scheme]:
+        return f"{nearest(begins, DRIVERS[scheme])}, and no other driver"
+    behind = uri.partition("?")[2]
+    if "@" in behind:  # up to which SQLAlchemy may look for a password, and who hides one does
+        return f"an @ stands behind its ?; {ESCAPED}, and an @ of a parameter too"
+    return next(filter(None, (_parameter(one, scheme) for one in re.split("[?&;]", behind) if one)), "")
+
+
+def _parameter(text: str, scheme: str) -> str:
+    """Why one of the parameters of a database's address is not passed on; empty if it is."""
+    name, _, value = map(unquote_plus, text.partition("="))
+    key = name.lower()
+    if key not in PARAMETERS[scheme]:
+        return f"{name}= is not passed on to a database's driver; taken are {', '.join(PARAMETERS[scheme])}"
+    if key in FILES and not _named(value):
+        return f"{name}= names no file that is there by its whole path, without a colon"
+    if key == "driver" and not INSTALLED.fullmatch(value):
+        return f"{name}= is the name under which an ODBC driver is installed"
     return ""
+
+
+def _named(file: str) -> bool:
+    try:
+        return file.startswith("/") and ":" not in file and Path(file).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _address(uri: str, server: bool) -> Iterator[str]:
@@ -335,7 +396,7 @@ def _address(uri: str, server: bool) -> Iterator[str]:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port
     except ValueError:
-        yield f"{told} is no address; a password's / @ : # ? are written %2F %40 %3A %23 %3F"
+        yield f"{told} is no address; {ESCAPED}"
         return
     if server and not host:
         yield f"{told} names no host"

@@ -343,7 +343,7 @@ NO_URI = [
     ("sqlite://", "names no file"),
     ("sqlite:///", "names no file"),
     ("sqlite:///:memory:", "names no file"),
-    ("sqlite:///?mode=memory", "names no file"),
+    ("sqlite:///?timeout=5", "names no file"),
     ("sqlite:///folder", "names no file"),
     ("sqlite:///missing/mlflow.db", "there is no folder missing"),
     ("sqlite:///text.db", "text.db is no SQLite database"),
@@ -354,14 +354,30 @@ NO_URI = [
     ("mysql://host/db", "did you mean mysql+pymysql"),
     ("mysql+burglar://host/db", "and no other driver"),
     ("mssql://host/db", "did you mean mssql+pyodbc"),
-    ("sqlite:///mlflow.db?plugin=burglar", "plugin= names what"),
-    ("sqlite:///mlflow.db?timeout=5&%70lugin=burglar", "plugin= names what"),
-    ("postgresql://host/db?plugin=burglar", "plugin= names what"),
-    ("postgresql://me:a?b@host/db?plugin=burglar", "plugin= names what"),
-    ("mysql+pymysql://host/db?read_default_file=/tmp/my.cnf", "read_default_file= names what"),
-    ("mssql+pyodbc://host/db?odbc_connect=DRIVER%3D/tmp/burglar.so", "odbc_connect= names what"),
-    ("mssql+pyodbc://host/db?Driver=%2Ftmp%2Fburglar.so", "driver= names what"),
-    ("mssql+pyodbc://host/db?FileDSN=burglar.dsn", "filedsn= names what"),
+    ("sqlite:///mlflow.db?plugin=burglar", "plugin= is not passed on"),
+    ("sqlite:///mlflow.db?timeout=5&%70lugin=burglar", "plugin= is not passed on"),
+    ("postgresql://host/db?plugin=burglar", "plugin= is not passed on"),
+    ("postgresql://me:a?b@host/db?plugin=burglar", "an @ stands behind its ?"),
+    ("mysql+pymysql://host/db?read_default_file=/tmp/my.cnf", "read_default_file= is not passed on"),
+    ("mssql+pyodbc://host/db?odbc_connect=DRIVER%3D/tmp/burglar.so", "odbc_connect= is not passed on"),
+    ("mssql+pyodbc://host/db?Driver=%2Ftmp%2Fburglar.so", "Driver= is the name under which"),
+    ("mssql+pyodbc://host/db?FileDSN=burglar.dsn", "FileDSN= is not passed on"),
+    ("mssql+pyodbc://host/db?driver=x%7D;FileDSN=burglar.dsn", "driver= is the name under which"),
+    ("sqlite:///?mode=memory", "mode= is not passed on"),
+    ("sqlite:///mlflow.db?uri=true", "uri= is not passed on to a database's driver; taken are timeout"),
+    ("postgresql+psycopg2://host/db?sslmode=require&sslkey=/bin/sh:k", "sslkey= names no file"),
+    ("postgresql+psycopg2://host/db?SSLKEY=%2Fbin%2Fsh%3Ak", "SSLKEY= names no file"),
+    ("postgresql+psycopg2://host/db?sslkey=/bin/sh;y:k", "y:k= is not passed on"),
+    ("postgresql+psycopg2://host/db?sslkey=/bin/sh?y:k", "y:k= is not passed on"),
+    ("postgresql+psycopg2://host/db?sslkey=burglar", "sslkey= names no file"),
+    ("postgresql+psycopg2://host/db?sslcert=/bin/no-such-file", "sslcert= names no file"),
+    ("postgresql+psycopg2://host/db?sslrootcert=folder", "sslrootcert= names no file"),
+    ("postgresql://host/db?options=-csession_preload_libraries%3Dburglar", "options= is not passed on"),
+    ("postgresql://host/db?service=burglar", "service= is not passed on"),
+    ("postgresql://host/db?gsslib=gssapi", "gsslib= is not passed on"),
+    ("postgresql://host/db?sslkey=/bin/sh:k&application_name=@", "an @ stands behind its ?"),
+    ("mysql+pymysql://host/db?ssl_key=burglar", "ssl_key= names no file"),
+    ("mysql+pymysql://host/db?local_infile=1", "local_infile= is not passed on"),
 ]
 
 
@@ -389,7 +405,10 @@ def test_where_mlflow_cannot_be_is_refused(config: Config, tmp_path: Path, uri: 
         "postgresql://user:word@host:5432/mlflow",
         "postgresql+psycopg2:///mlflow",
         "postgresql+psycopg://host/mlflow?sslmode=require",
+        "postgresql://me:w;rd@/mlflow?host=/run/postgresql&connect_timeout=5&target_session_attrs=read-write",
+        "postgresql://host/mlflow?sslmode=verify-full&sslrootcert=/etc/passwd&sslkey=%2Fetc%2Fpasswd&user=me%40there",
         "mysql+pymysql://host/mlflow?charset=utf8mb4",
+        "mysql+pymysql://host/mlflow?ssl_ca=/etc/passwd",
         "mssql+pyodbc://host/mlflow?driver=ODBC+Driver+18+for+SQL+Server",
     ],
 )
@@ -401,6 +420,25 @@ def test_where_mlflow_can_be_is_taken(config: Config, tmp_path: Path, uri: str) 
     config.tracking.uri = uri
     validate(config)
     assert not (tmp_path / "new.db").exists()
+
+
+@pytest.mark.parametrize("store", ["burglar", "oss", "hdfs", "runs", "s3+burglar", ""])
+def test_a_store_that_mlflow_itself_does_not_know_is_refused(config: Config, store: str) -> None:
+    """Installed plugins of MLflow know others, and hdfs loads a native library."""
+    config.tracking.artifacts = f"{store}://bucket/x"
+    told = refusal(config)
+    assert told.startswith(f"tracking.artifacts={store}://bucket/x: ")
+    assert "s3, sftp" in told
+
+
+@pytest.mark.parametrize("store", ["file", "s3", "gs", "wasbs", "abfss", "sftp", "https", "mlflow-artifacts"])
+def test_a_store_that_mlflow_knows_is_taken(config: Config, store: str) -> None:
+    from mlflow.store.artifact.artifact_repository_registry import get_registered_artifact_repositories
+
+    config.tracking.artifacts = f"{store}://bucket/x"
+    validate(config)
+    assert store in rules.STORES
+    assert {*rules.STORES} <= {*get_registered_artifact_repositories()}
 
 
 def test_a_database_in_a_folder_that_cannot_be_written_is_refused(config: Config) -> None:
