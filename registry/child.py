@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from registry import keeper, logs, private
+from registry import keeper, logs, private, traces
 from registry import record as records
 from registry.cache import kernel_environment
 from registry.environments import ROOT, interpreter
@@ -44,8 +44,9 @@ CHILD_ENVIRONMENT = {
 
 
 def ask(cell: Cell, file: Path, call: Call, hidden: Redactor, inherited: tuple[int, ...]) -> dict[str, Any]:
-    """Run the child process and take its answer, or make one out of how it ended; its log lies beside the record.
+    """Run the child process and take its answer, or make one out of how it ended.
 
+    Its log and the trace of its profiled steps lie beside the record, clean.
     What is asked may hold secrets and has no name on disk; what is answered holds none.
 
     Args:
@@ -78,8 +79,10 @@ def ask(cell: Cell, file: Path, call: Call, hidden: Redactor, inherited: tuple[i
         if answer.exists():
             content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             if trace.exists():
+                cleaned = Path(folder, "cleaned.json.gz")
                 with contextlib.suppress(OSError):  # a trace for which there is no room costs no figures
-                    shutil.move(trace, records.trace_path(file))
+                    if traces.clean(trace, cleaned, hidden):
+                        shutil.move(cleaned, records.trace_path(file))
             return content
         return _died(returncode, log, _oom_kills() > killed)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from registry import faults, logs
+from registry import faults, logs, traces
 from registry import record as records
 from registry.mlflow_client import TrackingDown, forget, opened
 from registry.outcome import BadInput, nearest
@@ -310,6 +310,9 @@ class Tracker:
 
     def _put(self, file: Path, place: Path) -> None:
         """Put a file elsewhere, byte by byte and however large, but for secrets that others left in it."""
+        if file.name.endswith(".trace.json.gz"):
+            traces.clean(file, place, self._hidden)
+            return
         content = records.read_json(file) if file.suffix == ".json" else None
         if file.suffix == ".log":
             logs.clean(file, place, self._hidden)

@@ -22,14 +22,14 @@ from sweeps import FAULTS, PATIENCE_S, ROOT, Start, Sweep, assert_logged, assert
 from test_record import made_up_cell, made_up_record
 from test_tracking import prepared_database
 
-from registry import cli, logs, run, sweep
+from registry import cli, logs, run, sweep, traces
 from registry import record as records
 from registry.call import Call
 from registry.compose import Composer
 from registry.identity import cell_id
 from registry.importing import import_records
 from registry.outcome import BadInput, Outcome
-from registry.redact import HIDDEN
+from registry.redact import HIDDEN, Redactor
 from registry.schema import TrackingConfig
 from registry.validate import validate
 
@@ -150,6 +150,18 @@ def test_a_log_is_as_readable_as_a_record(talked: Sweep) -> None:
     files = [*talked.folder.glob("records/*/*")]
     assert {file.suffix for file in files} == {".json", ".log"}
     assert len({stat.S_IMODE(file.stat().st_mode) for file in files}) == 1
+
+
+def test_no_secret_is_left_in_the_trace_of_profiled_steps(start: Start) -> None:
+    """Whose annotations a plugin names as it pleases; beside the record and in MLflow."""
+    call = start("backend=annotates", *options(NOTES["url"]), "protocol.profiled_steps=3").end()
+    assert call.code == 0, call.stderr
+    found = [*call.home.rglob("*trace.json.gz")]
+    assert len(found) == 2
+    for trace in found:
+        names = [event["name"] for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+        assert f"step of {HIDDEN} and {HIDDEN}" in names
+    assert_kept(call.stdout, call.stderr, call.home)
 
 
 @pytest.fixture
@@ -357,6 +369,25 @@ def test_a_log_that_cannot_be_cleaned_is_not_kept(tmp_path: Path, monkeypatch: p
     assert [file.name for file in tmp_path.iterdir()] == ["a.log"]
 
 
+# A trace
+
+
+@pytest.mark.parametrize(
+    "content", [b"HF_TOKEN=kanary", gzip.compress(b"HF_TOKEN=kanary"), gzip.compress(b"{}")[:-6]]
+)
+def test_a_trace_that_cannot_be_cleaned_is_not_kept(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "raw").write_bytes(content)
+    assert not traces.clean(tmp_path / "raw", tmp_path / "clean", Redactor())
+    assert not (tmp_path / "clean").exists()
+
+
+def test_a_trace_without_secrets_stays_as_it_is(tmp_path: Path) -> None:
+    content = {"traceEvents": [{"name": "aten::mm", "ts": 1.25, "dur": 1e-3, "args": {"External id": 7}}]}
+    (tmp_path / "raw").write_bytes(gzip.compress(json.dumps(content).encode()))
+    assert traces.clean(tmp_path / "raw", tmp_path / "clean", Redactor(["kanary"]))
+    assert json.loads(gzip.decompress((tmp_path / "clean").read_bytes())) == content
+
+
 # A reason
 
 
@@ -387,11 +418,14 @@ def test_an_import_tells_mlflow_no_secret(tmp_path: Path, template: Path, compos
     record.measured = {"kernels": {ENVIRONMENT["HF_TOKEN"]: 1}, "told": told, "password": 123456789}
     file = records.write(record, folder)
     file.with_suffix(".log").write_text(told)
+    records.trace_path(file).write_bytes(gzip.compress(json.dumps({"traceEvents": [{"name": told}]}).encode()))
     config = TrackingConfig("local", f"sqlite:///{tmp_path}/mlflow.db", "rfloor", str(tmp_path / "mlartifacts"))
     assert import_records(folder, config)[0]["imported"] == 1
     shutil.rmtree(folder)
     assert_kept(tmp_path)
     [artifact] = tmp_path.glob("mlartifacts/**/cell.json")
+    [trace] = tmp_path.glob("mlartifacts/**/trace.json.gz")
+    assert HIDDEN in gzip.decompress(trace.read_bytes()).decode()
     kept = records.read(artifact)
     assert kept.metrics == record.metrics
     assert kept.step_times_ms == record.step_times_ms

@@ -310,6 +310,18 @@ class TalksAndDecodes(HfBackend):
         super().load(capacity)
 
 
+class Annotates(HfBackend):
+    """Tells the profiler what it should not."""
+
+    Options = TalkativeOptions
+
+    def decode_step(self, token: Tensor) -> Tensor:
+        from torch.profiler import record_function
+
+        with record_function(f"step of {self.setup.options.api_key} and {os.environ['AWS_SECRET_ACCESS_KEY']}"):
+            return super().decode_step(token)
+
+
 class Noisy(HfBackend):
     """Prints more than a pipe holds, and is right nevertheless."""
 
