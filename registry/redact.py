@@ -34,31 +34,89 @@ no part of a longer word."""
 OWN_WORDS = {
     *("random", "none", "null", "true", "false", "auto", "test", "default", "password", "secret", "token", "rfloor"),
     *("step", "attention", "eager", "cuda", "sdpa", "dynamic", "static", "quick", "paper", "local", "server", "tiny"),
+    *("basic", "bearer", "digest", "oauth", "oauth2", "ldap", "kerberos", "enabled", "disabled"),
     *("crash", "timeout", "interrupted", "incorrect", "unsupported", "cuda_graph", "compile"),
 }
 """Values that are looked for nowhere: rfloor writes them into every record, which would be of no use without them and
-tells nobody by them that they are a secret too."""
+tells nobody by them that they are a secret too; or they are what a variable says of a way to log in."""
 FIELD = re.compile(r"[A-Za-z][a-z0-9_]{0,23}")
 """A key that programs look a value up by (`step_times_ms`): no value is looked for in it."""
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-ALWAYS = {
-    *("password", "passwd", "passphrase", "pgpassword", "secret"),
-    *("credential", "credentials", "apikey", "authorization"),
+ALWAYS = re.compile(r".*(?:password|passwd|passphrase|passcode|secret|credential|apikey)s?|authorization")
+"""Words that make a name a secret's wherever they stand in it, also at the end of a longer one (`sslpassword`)."""
+ENDING = re.compile(r"(.*?)(key|token|pass|pwd|auth)(s?)")
+"""Last words of names that may be a secret's, which what stands before them decides, as part of the word or not."""
+OWNERS = {
+    *("api", "access", "account", "auth", "hf", "hub", "huggingface", "kaggle", "wandb", "openai", "anthropic"),
+    *("cohere", "azure", "aws", "google", "ngc", "nvidia", "github", "gitlab", "stripe", "datadog"),
 }
-"""Words that make a name a secret's wherever they stand in it."""
-KEYS = {"api", "access", "private", "secret", "signing", "encryption", "account", "auth", "master", "ssh"}
-"""What stands before `key` at the end of a secret's name."""
-NO_TOKENS = {
-    *("bos", "eos", "pad", "unk", "sep", "cls", "mask", "per", "next", "last", "first", "new", "prev", "previous"),
-    *("special", "start", "end", "stop", "image", "audio", "video", "input", "output", "each", "one", "a", "the"),
+USERS = {"db", "database", "user", "login", "admin", "root", "my", "ssh", "smtp", "mail", "ftp", "http", "proxy"}
+USERS |= {"redis", "mysql", "pg", "postgres", "mongo", "npm", "docker"}
+BEFORE = {
+    "key": OWNERS | {"private", "secret", "signing", "encryption", "master", "ssh", "fernet"},
+    "token": OWNERS | {"secret", "bearer", "refresh", "session"},
+    "pass": USERS,
+    "pwd": USERS,
+    "auth": USERS,
 }
-"""What stands before `token` at the end of a name that is a model's."""
+"""What makes such a name a secret's however it is written; in capitals, as a variable's, almost anything does."""
+NOT_BEFORE = {
+    "key": {
+        *("public", "pub", "cache", "sort", "primary", "foreign", "partition", "group", "row", "column", "index"),
+        *(
+            "object",
+            "item",
+            "map",
+            "dict",
+            "hash",
+            "lookup",
+            "share",
+            "num",
+            "max",
+            "any",
+            "no",
+            "of",
+            "end",
+            "first",
+        ),
+        *("last", "next", "each", "per", "value", "head", "query", "full", "launcher", "open", "study", "hydra"),
+        *("check", "from", "hot", "mon", "tur", "don", "hoc", "whis", "joc"),
+    },
+    "token": {
+        *(
+            "bos",
+            "eos",
+            "pad",
+            "unk",
+            "sep",
+            "cls",
+            "mask",
+            "per",
+            "next",
+            "last",
+            "first",
+            "new",
+            "prev",
+            "previous",
+        ),
+        *("special", "start", "end", "stop", "image", "audio", "video", "input", "output", "each", "one", "a", "the"),
+        *("max", "min", "num", "number", "n", "total", "prompt", "completion", "generated", "batched", "cached"),
+        *("context", "reserved", "draft", "speculative", "thinking", "added", "embed", "of", "no", "page", "web"),
+    },
+    "pass": {
+        *("a", "per", "each", "one", "first", "second", "last", "next", "forward", "backward", "num", "max", "may"),
+        *("single", "wall", "event", "surrogate", "com", "by", "sur", "tres", "over", "under", "encom"),
+    },
+    "pwd": {"old"},
+    "auth": {"require", "no", "use", "with", "without", "enable", "disable", "skip", "needs"},
+}
+"""What makes such a name a program's or a model's: the tokens that it counts, the keys that it looks up."""
 ABOUT = {"file", "path", "dir", "folder", "name", "id", "length", "len", "count", "type", "policy", "url", "uri"}
 """Last words of names that tell about a secret and do not hold it."""
 NOTHING = {b"none", b"null", b"true", b"false", b"...", MARK, b""}
 
-HINT = re.compile(rb"(?i:pass|pwd|secret|credential|key|token|authorization)")
+HINT = re.compile(rb"(?i:pass|pwd|secret|credential|key|token|auth)")
 """Every secret's name has one of these in it."""
 SHAPES = (
     rb"-----BEGIN[A-Z\s]{0,60}PRIVATE\s{1,40}KEY[A-Z\s]{0,20}-----"  # folded, where YAML was written
@@ -99,6 +157,8 @@ HEADER = re.compile(
 VARIABLE = re.compile(rb"^((?:export |set )?)([A-Z][A-Z0-9_]*+)=([^\r\n]++)", re.MULTILINE)
 NAMED = re.compile(rb"(?<![\w.-])((?:--)?[\w.-]++)([\"']?[ \t]{0,8}[:=][ \t]{0,8}|[\"'],[ \t]{0,8}(?=[\"'bru])|[ ])")
 QUOTED = re.compile(rb"([bru]{0,2}([\"']))((?:\\[\s\S]|(?!\2)[^\\])*+)\2")
+SPOKEN = re.compile(r"(?i)(?:tokens?|keys|secrets|passwords|pass|pwd|auth)$")
+"""Ends of names that code and prose use of other things, or of secrets in general, too."""
 BARE = re.compile(rb"\$\{[^\s{}]*+\}|[^\s\"',;&()\[\]{}<>]++")
 
 
@@ -158,22 +218,46 @@ class Redactor:
 
 
 def secret_name(name: str) -> bool:
-    """Whether what is called so is a secret: `HF_TOKEN`, `api_key`, `backend.options.password`."""
-    words = [word.lower() for word in WORD.findall(name.rpartition(".")[2])]
+    """Whether what is called so is a secret: `HF_TOKEN`, `api_key`, `backend.options.password`, `DBPASSWORD`."""
+    name = name.rpartition(".")[2]
+    words = [word.lower() for word in WORD.findall(name)]
+    while words and words[-1].isdigit() and name.isupper():  # API_KEY_2
+        words.pop()
     if not words or words[-1] in ABOUT:
         return False
-    before = words[-2] if len(words) > 1 else ""
-    return (
-        bool(ALWAYS & {*words})
-        or (words[-1] == "key" and before in KEYS)
-        or (words[-1] == "token" and before not in NO_TOKENS)
-        or (words[-1] in ("pass", "pwd") and bool(before) and name.isupper())
-    )
+    return any(map(ALWAYS.fullmatch, words)) or _ends_as_secret(words, name.isupper())
+
+
+def _ends_as_secret(words: list[str], variable: bool) -> bool:
+    """Whether a name's last words are a secret's.
+
+    Args:
+        words: The name's.
+        variable: It is written as variables of an environment are.
+    """
+    ending = ENDING.fullmatch(words[-1])
+    if not ending:
+        return False
+    joined, kind, plural = ending.groups()
+    before = joined or "".join(words[-2:-1])
+    if before in BEFORE[kind] or before in NOT_BEFORE[kind]:
+        return before in BEFORE[kind]
+    if kind in ("token", "auth") and not joined and not plural:
+        return True
+    if kind == "pwd" and not before:
+        return not variable  # a shell's PWD is a folder
+    return bool(before) and variable
+
+
+def _secret_variable(name: str) -> bool:
+    """Whether a variable of the environment is a secret's, whose value is then looked for: also a mere `KEY`."""
+    name = name.upper()
+    return secret_name(name) or name in ("KEY", "KEYS", "TOKENS", "PASS")
 
 
 def environment_secrets(environment: Mapping[str, str]) -> set[str]:
     """The values of an environment's secrets, and the passwords of the addresses in it."""
-    found = {value for name, value in environment.items() if secret_name(name) and not _there(value)}
+    found = {value for name, value in environment.items() if _secret_variable(name) and not _there(value)}
     return found.union(*(_passwords(value) for value in environment.values() if "://" in value))
 
 
@@ -316,7 +400,7 @@ def _value(match: re.Match[bytes], data: bytes) -> tuple[int, int]:
 
 def _credential(name: str, value: bytes) -> bool:
     """Whether a bare value after a plain name is one: code and prose say `token = ...` too."""
-    if not name.lower().endswith("token"):
+    if not SPOKEN.search(name):
         return True
     return bool(re.fullmatch(rb"[\w.~+/=-]{8,}", value) and re.search(rb"\d", value))
 

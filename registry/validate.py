@@ -51,7 +51,7 @@ loaded: a file is named by its whole path, and without a colon."""
 PARAMETERS = {
     "sqlite": ("timeout",),
     "postgresql": (
-        *("host", "hostaddr", "port", "user", "password", "connect_timeout", "application_name", "client_encoding"),
+        *("connect_timeout", "application_name", "client_encoding", "host", "hostaddr", "port", "user", "password"),
         *("sslmode", "sslnegotiation", "sslrootcert", "sslcert", "sslkey", "ssl_min_protocol_version"),
         *("channel_binding", "gssencmode", "require_auth", "target_session_attrs", "load_balance_hosts"),
         *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"),

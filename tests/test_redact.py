@@ -104,6 +104,11 @@ NAMED = [
         "'https://h/f?Policy=x&Signature=***&Key-Pair-Id=K' x",
     ),
     ("https://s3/x?X-Amz-Signature=kanary&X-Amz-Date=1", "https://s3/x?X-Amz-Signature=***&X-Amz-Date=1"),
+    ("postgresql://h/d?sslmode=on&sslpassword=kanary&x=1", "postgresql://h/d?sslmode=on&sslpassword=***&x=1"),
+    ("+backend.options.pwd=kanary --auth kanary", "+backend.options.pwd=*** --auth ***"),
+    ("{'pwd': 'kanary', 'redis_auth': 'kanary'}", "{'pwd': '***', 'redis_auth': '***'}"),
+    ("A=1\nSSHPASS=kanary\nKAGGLE_KEY=kanary\nB=2", "A=1\nSSHPASS=***\nKAGGLE_KEY=***\nB=2"),
+    ("DBPASSWORD: kanary, REDIS_AUTH: kanary, x: y", "DBPASSWORD: ***, REDIS_AUTH: ***, x: y"),
     ("https://blob/x?sv=1&sig=kanary%3D", "https://blob/x?sv=1&sig=***"),
 ]
 
@@ -156,6 +161,8 @@ ORDINARY = [
     "{'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>', 'tokenizer_class': 'Qwen2Tokenizer'}",
     "KeyError: 'key'",
     "no key is called 'modle': did you mean model?",
+    "PASS: 12 tests, KEY: x, TOKENS: 512, pass: all 3, auth: by name, pwd: here",
+    "MAX_TOKENS=4096, CACHE_KEY=abcdef0123456789, tokens = prompt_tokens, keys = sorted(keys)",
     "key=value, cache_key=abcdef0123456789, sort_keys=True",
     "logits = self._forward(token[:, None])",
     "    token = logits.argmax(-1)",
@@ -210,6 +217,9 @@ def test_the_repository_s_own_words_stay_as_they_are() -> None:
         *("api_key", "apikey", "apiKey", "X-Api-Key", "access_key", "private_key", "privateKey", "authorization"),
         *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY"),
         *("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "WANDB_API_KEY", "PGPASSWORD", "MYSQL_PWD", "DB_PASS"),
+        *("KAGGLE_KEY", "SSHPASS", "AZURE_OPENAI_KEY", "REDIS_AUTH", "DBPASSWORD", "HF_TOKENS", "API_KEY_2", "AUTH"),
+        *("pwd", "db_pwd", "db_pass", "dbpass", "sslpassword", "api_keys", "access_tokens", "passwords", "secrets"),
+        *("kaggle_key", "openai_key", "redis_auth", "auth", "mysecret", "backend.options.pwd", "X_AUTH", "DBKEY"),
         *("credentials", "AccountKey", "backend.options.token", "github-token", "SECRET_THING", "accessToken"),
     ],
 )
@@ -229,6 +239,9 @@ def test_names_of_secrets(name: str) -> None:
         *("key", "keys", "cache_key", "num_key_value_heads", "k_proj", "passes", "pass", "compass", "HF_TOKEN_PATH"),
         *("password_file", "secret_name", "author", "authority", "SSH_AUTH_SOCK", "XAUTHORITY", "per_token", ""),
         *("usd_per_mtok", "max_new_tokens", "token_type_ids", "next_token", "secretary", "PWD", "monkey", "keyboard"),
+        *("MONKEY", "BYPASS", "OLDPWD", "CACHE_KEY", "PUBLIC_KEY", "MAX_TOKENS", "prompt_tokens", "first_token"),
+        *("key_heads", "kv_heads", "forward_pass", "sort_keys", "embed_tokens", "require_auth", "KEYS", "AUTHORS"),
+        *("sslkey", "page_token", "STEPS_A_PASS", "backend.options.cache_key", "KEYMAP", "TOKENS_PER_S", "PASS"),
     ],
 )
 def test_names_of_no_secrets(name: str) -> None:
@@ -264,6 +277,26 @@ def test_a_short_value_is_hidden_where_it_stands_alone(monkeypatch: pytest.Monke
     assert redact(f"{value}2 and x{value}") == f"{value}2 and x{value}"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("KAGGLE_KEY", "SSHPASS", "AZURE_OPENAI_KEY", "REDIS_AUTH", "DBPASSWORD", "HF_TOKENS", "WANDB_KEYS"),
+        *("KEY", "PASS", "AUTH", "TOKENS", "kaggle_key", "npm_config__auth"),
+    ],
+)
+def test_a_secret_of_the_environment_is_known_by_more_names(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "kanary-1234")
+    assert redact("told kanary-1234") == "told ***"
+
+
+@pytest.mark.parametrize(
+    "name", ["PWD", "OLDPWD", "MONKEY", "VLLM_MAX_NUM_BATCHED_TOKENS", "CACHE_KEY", "SSH_AUTH_SOCK"]
+)
+def test_what_a_variable_of_another_name_holds_is_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "kanary-1234")
+    assert redact("told kanary-1234") == "told kanary-1234"
+
+
 @pytest.mark.parametrize("value", ["", "x", "2048", "true", "Random", "password", "sdpa", "/etc/passwd", "rfloor"])
 def test_an_ordinary_value_of_a_secret_s_variable_stays(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("SOME_TOKEN", value)
@@ -286,7 +319,7 @@ def test_a_password_of_an_address_in_the_environment_is_hidden(monkeypatch: pyte
 def test_what_a_configuration_keeps_secret_is_known() -> None:
     config = {
         "backend": {"options": {"api_key": "kanary-1", "size": 64, "more": [{"password": 12345678901234}]}},
-        "tracking": {"uri": "https://me:kanary-2@host", "artifacts": "https://h/x?sig=kanary-3"},
+        "tracking": {"uri": "https://me:kanary-2@host", "artifacts": "https://h/x?sslpassword=kanary-3"},
         "token": None,
     }
     assert known_secrets(config) == {"kanary-1", "12345678901234", "kanary-2", "kanary-3"}
@@ -294,7 +327,7 @@ def test_what_a_configuration_keeps_secret_is_known() -> None:
     assert redactor.text("kanary-1 kanary-2 kanary-3 12345678901234 64 me") == "*** *** *** *** 64 me"
     assert redactor.plain(config) == {
         "backend": {"options": {"api_key": HIDDEN, "size": 64, "more": [{"password": HIDDEN}]}},
-        "tracking": {"uri": "https://***@host", "artifacts": "https://h/x?sig=***"},
+        "tracking": {"uri": "https://***@host", "artifacts": "https://h/x?sslpassword=***"},
         "token": None,
     }
 

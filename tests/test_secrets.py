@@ -47,12 +47,19 @@ ENVIRONMENT = {
     "OPENAI_API_KEY": "sk-proj-kanary0123456789-abcdefghijklmn",
     "GH_TOKEN": "ghp_kanary0123456789abcdefghijABCDEFGHIJ",
     "ODD_SECRET": "kanary of odd words, \"quoted\" and 'quoted'",
+    "KAGGLE_KEY": "0kanary1kaggle2kanary3",
+    "AZURE_OPENAI_KEY": "0kanary1azure2kanary3",
+    "SSHPASS": "k4nary-ssh",
+    "REDIS_AUTH": "k4nary-redis",
+    "DBPASSWORD": "k4nary-database",
+    "HF_TOKENS": "k4nary-one,k4nary-two",
     "DATABASE_URL": "postgresql://me:kanary%2Fdatabase@host/db",
 }
 OPTIONS = {
     "api_key": "kanary-option-api-key",
     "password": "opensesame",
     "token": "kanary-option-token",
+    "pwd": "kanary-option-pwd",
 }
 NOTES = {
     "hub": "hf_kanaryNOTEABCDEFGHIJKLMNOPQRSTUVWX",

@@ -258,6 +258,7 @@ class TalkativeOptions:
     api_key: str = ""
     password: str = ""
     token: str = ""
+    pwd: str = ""
     note: str = ""
     hangs: bool = False
 
