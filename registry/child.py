@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,13 +26,17 @@ from registry.outcome import Outcome
 from registry.worker import PARENT, STAGES_FD, Request, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from registry.call import Call
     from registry.plan import Cell
     from registry.redact import Redactor
 
 VMSTAT = Path("/proc/vmstat")
+WORKER = ("-m", "registry.worker")
+KEEPER = (sys.executable, "-I", "-S", keeper.__file__)
+CODE_BYTES = 16
+"""More than an exit code has digits."""
 LAST_BYTES = 1 << 20  # of a log, in which a dead worker's last words are looked for
 FORCED_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's order: device 0 is the same to both
 CHILD_ENVIRONMENT = {
@@ -99,43 +104,36 @@ def _run_worker(
         KeyboardInterrupt: The user wants no more.
     """
     mark = uuid.uuid4().hex
-    with _kept(mark), LogLimit(output) as limit:
+    line, its_end = socket.socketpair()
+    with line, LogLimit(output) as limit:
         read_end, write_end = os.pipe()
         try:
-            child = subprocess.Popen(
-                [_interpreter(cell), "-m", "registry.worker", str(answer)],
+            keeping = subprocess.Popen(
+                [*KEEPER, mark, str(its_end.fileno()), PARENT, _interpreter(cell), *WORKER, str(answer)],
                 stdin=question,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                pass_fds=(write_end, *inherited),
+                pass_fds=(its_end.fileno(), write_end, *inherited),
                 start_new_session=True,
-                env=_environment(cell) | {STAGES_FD: str(write_end), PARENT: str(os.getpid()), keeper.MARK: mark},
+                env=_environment(cell) | {STAGES_FD: str(write_end), keeper.MARK: mark},
             )
         finally:
+            its_end.close()
             os.close(write_end)
         try:
             with call.listen():
                 finished = _wait(
-                    child, read_end, limit, cell.config.protocol.timeout_s, lambda name: call.stage(hidden.text(name))
+                    line, read_end, limit, cell.config.protocol.timeout_s, lambda name: call.stage(hidden.text(name))
                 )
+            told = line.recv(CODE_BYTES) if finished else b""
         finally:
             os.close(read_end)
-            _kill(child, mark)
-    return child.returncode if finished else None
-
-
-@contextlib.contextmanager
-def _kept(mark: str) -> Iterator[None]:
-    """Inside, whatever bears the mark ends with this process, even if that is killed."""
-    command = [sys.executable, "-I", "-S", keeper.__file__, mark]
-    nowhere = subprocess.DEVNULL
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True, cwd="/"
-    ) as process:
-        try:
-            yield
-        finally:
-            process.kill()
+            line.close()  # at which the keeper kills who is left
+            keeping.wait()
+            keeper.kill_marked(mark)  # had it been killed itself
+    if not finished:
+        return None
+    return int(told) if told else keeping.returncode
 
 
 def _environment(cell: Cell) -> dict[str, str]:
@@ -155,48 +153,33 @@ def _interpreter(cell: Cell) -> str:
     return str(interpreter(cell.environment)) if cell.environment else sys.executable
 
 
-def _wait(
-    child: subprocess.Popen[bytes], stages: int, limit: LogLimit, timeout_s: float, stage: Callable[[str], None]
-) -> bool:
-    """Sleep until the child ends, passing on what it begins; false once the time is over.
+def _wait(line: socket.socket, stages: int, limit: LogLimit, timeout_s: float, stage: Callable[[str], None]) -> bool:
+    """Sleep until the child has ended, passing on what it begins; false once the time is over.
 
-    The parent sleeps in poll(2) and wakes for the child's own messages, of which there is none inside a timed
-    window, and for what it prints.
+    The parent sleeps in poll(2) and wakes at the keeper's word, for the child's own messages, of which there is none
+    inside a timed window, and for what it prints.
     """
     deadline = time.monotonic() + timeout_s
-    process = os.pidfd_open(child.pid)
     poller = select.poll()
-    poller.register(process, select.POLLIN)
+    poller.register(line, select.POLLIN)
     poller.register(stages, select.POLLIN)
     if limit.written >= 0:
         poller.register(limit.written, select.POLLIN)
-    try:
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            for descriptor, _ in poller.poll(left * 1000):
-                if descriptor == process:
-                    child.wait()
-                    return True
-                if descriptor == limit.written:
-                    limit.look()
-                    continue
-                told = os.read(stages, 4096).decode(errors="replace")
-                if not told:
-                    poller.unregister(stages)
-                for name in told.splitlines():
-                    stage(name)
-    finally:
-        os.close(process)
-
-
-def _kill(child: subprocess.Popen[bytes], mark: str) -> None:
-    """End the child and all that it started: its process group, and who left that but bears the child's mark."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    keeper.kill_marked(mark)
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        for descriptor, _ in poller.poll(left * 1000):
+            if descriptor == line.fileno():
+                return True
+            if descriptor == limit.written:
+                limit.look()
+                continue
+            told = os.read(stages, 4096).decode(errors="replace")
+            if not told:
+                poller.unregister(stages)
+            for name in told.splitlines():
+                stage(name)
 
 
 def _oom_kills() -> int:

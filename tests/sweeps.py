@@ -149,11 +149,12 @@ def database(home: Path) -> str:
 
 
 def marked(mark: str) -> Iterator[tuple[int, str]]:
-    """Living processes with the mark of a sweep in their environment, which every descendant inherits."""
+    """Living processes with the mark of a sweep in their environment, which descendants inherit, or their command."""
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark.encode() in (entry / "environ").read_bytes():
-                yield int(entry.name), (entry / "cmdline").read_text().replace("\0", " ")
+            command = (entry / "cmdline").read_bytes()
+            if mark.encode() in (entry / "environ").read_bytes() + command:
+                yield int(entry.name), command.decode(errors="replace").replace("\0", " ")
 
 
 def wait_for(what: Callable[[], object], told: str) -> None:
