@@ -17,7 +17,7 @@ import uuid
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from registry import keeper, logs, private
+from registry import inotify, keeper, logs, private
 from registry import record as records
 from registry.cache import kernel_environment
 from registry.environments import ROOT, interpreter
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 VMSTAT = Path("/proc/vmstat")
 WORKER = ("-m", "registry.worker")
 KEEPER = (sys.executable, "-I", "-S", keeper.__file__)
+GRACE_S = 10.0
+"""Within which a worker ends that has answered: it gives back a device's memory, and ends a compiler's processes."""
+LINGERED = "the worker did not end by itself once it had answered, and was killed"
 CODE_BYTES = 16
 """More than an exit code has digits."""
 LAST_BYTES = 1 << 20  # of a log, in which a dead worker's last words are looked for
@@ -74,18 +77,19 @@ def ask(cell: Cell, file: Path, call: Call, hidden: Redactor, inherited: tuple[i
             question.write(to_json(request).encode())
             question.seek(0)
             returncode = _run_worker(cell, question, answer, output, call, hidden, inherited)
+        if answer.exists():
+            content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+            content["warnings"] = [LINGERED] if returncode is None else []
+            if trace.exists():
+                with contextlib.suppress(OSError):  # a trace for which there is no room costs no figures
+                    shutil.move(trace, records.trace_path(file))
+            return content
         if returncode is None:
             return {
                 "outcome": Outcome.TIMEOUT,
                 "reason": f"not done after {cell.config.protocol.timeout_s:g} s",
                 "remedy": "Give protocol.timeout_s=... more seconds",
             }
-        if answer.exists():
-            content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-            if trace.exists():
-                with contextlib.suppress(OSError):  # a trace for which there is no room costs no figures
-                    shutil.move(trace, records.trace_path(file))
-            return content
         return _died(returncode, log, _oom_kills() > killed)
 
 
@@ -98,7 +102,7 @@ def _run_worker(
     hidden: Redactor,
     inherited: tuple[int, ...],
 ) -> int | None:
-    """The child's exit code, or `None` once its time is over; neither it nor what it started is left.
+    """The child's exit code, or `None` if it had to be ended; neither it nor what it started is left.
 
     Raises:
         KeyboardInterrupt: The user wants no more.
@@ -122,9 +126,8 @@ def _run_worker(
             os.close(write_end)
         try:
             with call.listen():
-                finished = _wait(
-                    line, read_end, limit, cell.config.protocol.timeout_s, lambda name: call.stage(hidden.text(name))
-                )
+                time_s = cell.config.protocol.timeout_s
+                finished = _wait(line, read_end, answer, limit, time_s, lambda name: call.stage(hidden.text(name)))
             told = line.recv(CODE_BYTES) if finished else b""
         finally:
             os.close(read_end)
@@ -153,33 +156,52 @@ def _interpreter(cell: Cell) -> str:
     return str(interpreter(cell.environment)) if cell.environment else sys.executable
 
 
-def _wait(line: socket.socket, stages: int, limit: LogLimit, timeout_s: float, stage: Callable[[str], None]) -> bool:
-    """Sleep until the child has ended, passing on what it begins; false once the time is over.
+def _wait(
+    line: socket.socket,
+    stages: int,
+    answer: Path,
+    limit: LogLimit,
+    timeout_s: float,
+    stage: Callable[[str], None],
+) -> bool:
+    """Sleep until the child has ended, passing on what it begins; false once its time is over.
 
+    That is soon once its answer lies there, which is renamed into place and so is whole.
     The parent sleeps in poll(2) and wakes at the keeper's word, for the child's own messages, of which there is none
     inside a timed window, and for what it prints.
     """
     deadline = time.monotonic() + timeout_s
+    answered = inotify.watch(str(answer.parent), inotify.IN_MOVED_TO)
     poller = select.poll()
-    poller.register(line, select.POLLIN)
-    poller.register(stages, select.POLLIN)
-    if limit.written >= 0:
-        poller.register(limit.written, select.POLLIN)
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return False
-        for descriptor, _ in poller.poll(left * 1000):
-            if descriptor == line.fileno():
-                return True
-            if descriptor == limit.written:
-                limit.look()
-                continue
-            told = os.read(stages, 4096).decode(errors="replace")
-            if not told:
-                poller.unregister(stages)
-            for name in told.splitlines():
-                stage(name)
+    for descriptor in (line.fileno(), stages, limit.written, answered):
+        if descriptor >= 0:
+            poller.register(descriptor, select.POLLIN)
+    try:
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            for descriptor, _ in poller.poll(left * 1000):
+                if descriptor == line.fileno():
+                    return True
+                if descriptor == limit.written:
+                    limit.look()
+                elif descriptor == answered:
+                    inotify.take(answered)
+                    deadline = time.monotonic() + GRACE_S if answer.exists() else deadline
+                elif not _pass_on(stages, stage):
+                    poller.unregister(stages)
+    finally:
+        if answered >= 0:
+            os.close(answered)
+
+
+def _pass_on(stages: int, stage: Callable[[str], None]) -> bool:
+    """Pass on what a child tells that it begins; false once it tells no more."""
+    told = os.read(stages, 4096).decode(errors="replace")
+    for name in told.splitlines():
+        stage(name)
+    return bool(told)
 
 
 def _oom_kills() -> int:

@@ -268,6 +268,20 @@ def test_a_hang_while_something_is_built_or_stepped_is_ended_in_time(start: Star
     assert_nothing_left(sweep)
 
 
+def test_a_worker_that_does_not_end_once_it_has_answered_loses_no_measurement(start: Start) -> None:
+    sweep = start("backend=lingers,lingers-and-raises", "protocol.timeout_s=100").end()
+    for record in sweep.records():
+        assert child.LINGERED in record["warnings"]
+        assert child.GRACE_S < record["wall_s"] < 100
+        assert_logged(sweep, record)
+    assert_told(sweep, sweep.record("lingers"), "ok", "^$", "")
+    assert len(sweep.record("lingers")["step_times_ms"]) == 30
+    assert_told(sweep, sweep.record("lingers-and-raises"), "crash", "^ValueError: broken on purpose", "")
+    assert sweep.code == 1
+    assert words(f"warning: {child.LINGERED}") in words(sweep.stdout)
+    assert_nothing_left(sweep)
+
+
 @pytest.mark.parametrize("opened", [os.pipe, pty.openpty], ids=["pipe", "terminal"])
 def test_a_sweep_that_nobody_reads_any_more_measures_every_cell_once(
     start: Start, opened: Callable[[], tuple[int, int]]

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,6 +181,20 @@ class HangsInStep(HfBackend):
         if self.setup.architecture.layers > 2 and self.steps == 10:
             hang()
         return super().decode_step(token)
+
+
+class Lingers(HfBackend):
+    """Measures well, and never ends for a thread that does not either."""
+
+    def load(self, capacity: int) -> None:
+        threading.Thread(target=hang).start()
+        super().load(capacity)
+
+
+class LingersAndRaises(Raises):
+    def load(self, capacity: int) -> None:
+        threading.Thread(target=hang).start()
+        super().load(capacity)
 
 
 class Waits(HfBackend):
