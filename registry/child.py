@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import uuid
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from registry import keeper, logs, private, traces
+from registry import inotify, keeper, logs, private, traces
 from registry import record as records
 from registry.cache import kernel_environment
 from registry.environments import ROOT, interpreter
@@ -25,13 +26,20 @@ from registry.outcome import Outcome
 from registry.worker import PARENT, STAGES_FD, Request, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from registry.call import Call
     from registry.plan import Cell
     from registry.redact import Redactor
 
 VMSTAT = Path("/proc/vmstat")
+WORKER = ("-m", "registry.worker")
+KEEPER = (sys.executable, "-I", "-S", keeper.__file__)
+GRACE_S = 10.0
+"""Within which a worker ends that has answered: it gives back a device's memory, and ends a compiler's processes."""
+LINGERED = "the worker did not end by itself once it had answered, and was killed"
+CODE_BYTES = 16
+"""More than an exit code has digits."""
 LAST_BYTES = 1 << 20  # of a log, in which a dead worker's last words are looked for
 FORCED_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's order: device 0 is the same to both
 CHILD_ENVIRONMENT = {
@@ -70,20 +78,21 @@ def ask(cell: Cell, file: Path, call: Call, hidden: Redactor, inherited: tuple[i
             question.write(to_json(request).encode())
             question.seek(0)
             returncode = _run_worker(cell, question, answer, output, call, hidden, inherited)
-        if returncode is None:
-            return {
-                "outcome": Outcome.TIMEOUT,
-                "reason": f"not done after {cell.config.protocol.timeout_s:g} s",
-                "remedy": "Give protocol.timeout_s=... more seconds",
-            }
         if answer.exists():
             content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+            content["warnings"] = [LINGERED] if returncode is None else []
             if trace.exists():
                 cleaned = Path(folder, "cleaned.json.gz")
                 with contextlib.suppress(OSError):  # a trace for which there is no room costs no figures
                     if traces.clean(trace, cleaned, hidden):
                         shutil.move(cleaned, records.trace_path(file))
             return content
+        if returncode is None:
+            return {
+                "outcome": Outcome.TIMEOUT,
+                "reason": f"not done after {cell.config.protocol.timeout_s:g} s",
+                "remedy": "Give protocol.timeout_s=... more seconds",
+            }
         return _died(returncode, log, _oom_kills() > killed)
 
 
@@ -96,49 +105,41 @@ def _run_worker(
     hidden: Redactor,
     inherited: tuple[int, ...],
 ) -> int | None:
-    """The child's exit code, or `None` once its time is over; neither it nor what it started is left.
+    """The child's exit code, or `None` if it had to be ended; neither it nor what it started is left.
 
     Raises:
         KeyboardInterrupt: The user wants no more.
     """
     mark = uuid.uuid4().hex
-    with _kept(mark), LogLimit(output) as limit:
+    line, its_end = socket.socketpair()
+    with line, LogLimit(output) as limit:
         read_end, write_end = os.pipe()
         try:
-            child = subprocess.Popen(
-                [_interpreter(cell), "-m", "registry.worker", str(answer)],
+            keeping = subprocess.Popen(
+                [*KEEPER, mark, str(its_end.fileno()), PARENT, _interpreter(cell), *WORKER, str(answer)],
                 stdin=question,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                pass_fds=(write_end, *inherited),
+                pass_fds=(its_end.fileno(), write_end, *inherited),
                 start_new_session=True,
-                env=_environment(cell) | {STAGES_FD: str(write_end), PARENT: str(os.getpid()), keeper.MARK: mark},
+                env=_environment(cell) | {STAGES_FD: str(write_end), keeper.MARK: mark},
             )
         finally:
+            its_end.close()
             os.close(write_end)
         try:
             with call.listen():
-                finished = _wait(
-                    child, read_end, limit, cell.config.protocol.timeout_s, lambda name: call.stage(hidden.text(name))
-                )
+                time_s = cell.config.protocol.timeout_s
+                finished = _wait(line, read_end, answer, limit, time_s, lambda name: call.stage(hidden.text(name)))
+            told = line.recv(CODE_BYTES) if finished else b""
         finally:
             os.close(read_end)
-            _kill(child, mark)
-    return child.returncode if finished else None
-
-
-@contextlib.contextmanager
-def _kept(mark: str) -> Iterator[None]:
-    """Inside, whatever bears the mark ends with this process, even if that is killed."""
-    command = [sys.executable, "-I", "-S", keeper.__file__, mark]
-    nowhere = subprocess.DEVNULL
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True, cwd="/"
-    ) as process:
-        try:
-            yield
-        finally:
-            process.kill()
+            line.close()  # at which the keeper kills who is left
+            keeping.wait()
+            keeper.kill_marked(mark)  # had it been killed itself
+    if not finished:
+        return None
+    return int(told) if told else keeping.returncode
 
 
 def _environment(cell: Cell) -> dict[str, str]:
@@ -159,47 +160,51 @@ def _interpreter(cell: Cell) -> str:
 
 
 def _wait(
-    child: subprocess.Popen[bytes], stages: int, limit: LogLimit, timeout_s: float, stage: Callable[[str], None]
+    line: socket.socket,
+    stages: int,
+    answer: Path,
+    limit: LogLimit,
+    timeout_s: float,
+    stage: Callable[[str], None],
 ) -> bool:
-    """Sleep until the child ends, passing on what it begins; false once the time is over.
+    """Sleep until the child has ended, passing on what it begins; false once its time is over.
 
-    The parent sleeps in poll(2) and wakes for the child's own messages, of which there is none inside a timed
-    window, and for what it prints.
+    That is soon once its answer lies there, which is renamed into place and so is whole.
+    The parent sleeps in poll(2) and wakes at the keeper's word, for the child's own messages, of which there is none
+    inside a timed window, and for what it prints.
     """
     deadline = time.monotonic() + timeout_s
-    process = os.pidfd_open(child.pid)
+    answered = inotify.watch(str(answer.parent), inotify.IN_MOVED_TO)
     poller = select.poll()
-    poller.register(process, select.POLLIN)
-    poller.register(stages, select.POLLIN)
-    if limit.written >= 0:
-        poller.register(limit.written, select.POLLIN)
+    for descriptor in (line.fileno(), stages, limit.written, answered):
+        if descriptor >= 0:
+            poller.register(descriptor, select.POLLIN)
     try:
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
             for descriptor, _ in poller.poll(left * 1000):
-                if descriptor == process:
-                    child.wait()
+                if descriptor == line.fileno():
                     return True
                 if descriptor == limit.written:
                     limit.look()
-                    continue
-                told = os.read(stages, 4096).decode(errors="replace")
-                if not told:
+                elif descriptor == answered:
+                    inotify.take(answered)
+                    deadline = time.monotonic() + GRACE_S if answer.exists() else deadline
+                elif not _pass_on(stages, stage):
                     poller.unregister(stages)
-                for name in told.splitlines():
-                    stage(name)
     finally:
-        os.close(process)
+        if answered >= 0:
+            os.close(answered)
 
 
-def _kill(child: subprocess.Popen[bytes], mark: str) -> None:
-    """End the child and all that it started: its process group, and who left that but bears the child's mark."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    keeper.kill_marked(mark)
+def _pass_on(stages: int, stage: Callable[[str], None]) -> bool:
+    """Pass on what a child tells that it begins; false once it tells no more."""
+    told = os.read(stages, 4096).decode(errors="replace")
+    for name in told.splitlines():
+        stage(name)
+    return bool(told)
 
 
 def _oom_kills() -> int:

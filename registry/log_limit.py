@@ -7,11 +7,11 @@ while it times a step is not looked at meanwhile.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 from typing import TYPE_CHECKING
 
+from registry import inotify
 from registry.logs import cut
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ LIMIT = 32 << 20
 KEPT = 8 << 20
 """Bytes that stay of its beginning, and of its end."""
 LEFT_OUT = b"\nrfloor: this log outgrew its limit, and its middle is left out here\n"
-IN_MODIFY = 0x00000002
-EVENTS = 1 << 16  # bytes of them that are read at once
 BEGIN = re.compile(rb"[\n)\]};\s,]")
 """Behind what the end may begin: no secret is cut from its name."""
 
@@ -39,11 +37,8 @@ class LogLimit:
         file = f"/proc/self/fd/{log.fileno()}"
         self._log = os.open(file, os.O_RDWR | os.O_CLOEXEC)  # appends nothing, and writes where it is told to
         self._head = 0
-        libc = ctypes.CDLL(None)
-        self.written: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.written = inotify.watch(file, inotify.IN_MODIFY)
         """A descriptor that poll(2) finds readable once something was printed; -1 where the machine has no more."""
-        if self.written >= 0:
-            libc.inotify_add_watch(self.written, file.encode(), IN_MODIFY)
 
     def __enter__(self) -> Self:
         return self
@@ -56,7 +51,7 @@ class LogLimit:
 
     def look(self) -> None:
         """Take note of what was printed."""
-        os.read(self.written, EVENTS)
+        inotify.take(self.written)
         self.hold()
 
     def hold(self) -> None:

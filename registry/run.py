@@ -67,6 +67,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
     run_id = call.tracked(
         lambda mlflow: mlflow.open(record.record_id, cell.label, record.config, known, record.started_at)
     )
+    answer: dict[str, Any]
     if call.interrupted:
         answer = {"outcome": Outcome.INTERRUPTED, "reason": "the sweep was interrupted before this cell"}
     elif cell.refusal:
@@ -75,8 +76,10 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
         answer = _measured(cell, file, call, hidden)
     record.outcome = Outcome(answer.pop("outcome"))
     record.reason, record.remedy = (answer.pop(key, "") for key in ("reason", "remedy"))
+    doubts = answer.pop("warnings", [])
     if record.outcome is Outcome.OK:
         record = _filled(record, cell, answer)
+    record.warnings = [*record.warnings, *doubts]
     record.wall_s = round(time.monotonic() - clock, 3)
     clean = Record(**hidden.plain(vars(record)))
     clean.reason, clean.remedy = _sentence(clean.reason), _sentence(clean.remedy)  # a secret is found whole, then cut

@@ -1,19 +1,27 @@
-"""What this process prints, without secrets: whoever prints it, tables, tracebacks and other libraries' warnings."""
+"""What this process prints, without secrets: whoever prints it, tables, tracebacks and other libraries' warnings.
+
+Nothing that is printed may cost a measurement: where nobody is left to read it, it is lost.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.redact import Redactor, environment_secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 
 class Hiding:
-    """A text stream that hides secrets in each piece that is written to it; in all else the stream behind it."""
+    """A text stream that hides secrets in each piece that is written to it; in all else the stream behind it.
+
+    One that takes no more is given up: its terminal or its reader is gone, or its disk is full.
+    """
 
     def __init__(self, stream: Any, redactor: Redactor) -> None:
         self.stream = stream
@@ -21,16 +29,38 @@ class Hiding:
 
     def write(self, text: str) -> int:
         """Write a piece; how long it was."""
-        self.stream.write(self._redactor.text(text))
+        with self._given_up():
+            self.stream.write(self._redactor.text(text))
         return len(text)
+
+    def flush(self) -> None:
+        """Pass on what is held back."""
+        with self._given_up():
+            self.stream.flush()
 
     def writelines(self, lines: Iterable[str]) -> None:
         """Write several pieces."""
         for line in lines:
             self.write(line)
 
+    @contextlib.contextmanager
+    def _given_up(self) -> Iterator[None]:
+        """Inside, a stream that fails leads nowhere from then on."""
+        try:
+            yield
+        except OSError:
+            with contextlib.suppress(OSError):  # it has no descriptor: each piece is lost by itself
+                _lead_nowhere(self.stream.fileno())
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def _lead_nowhere(descriptor: int) -> None:
+    """Lose what is written to a descriptor: what its stream holds back would fail once more, as the process ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def hide(known: Iterable[str] = ()) -> None:
@@ -38,4 +68,6 @@ def hide(known: Iterable[str] = ()) -> None:
     redactor = Redactor(environment_secrets(os.environ).union(known))
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if stream is None:  # the call was begun without it
+            stream = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - it stays open
         setattr(sys, name, Hiding(stream.stream if isinstance(stream, Hiding) else stream, redactor))

@@ -7,6 +7,7 @@ the configuration names; `job` is what the launcher runs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -334,16 +335,22 @@ class SweepCallback(Callback):
             SystemExit: 0 when every cell is ok, oom or unsupported and logged, else 1. Whatever else were to leave
                 this method Hydra would swallow, and measure every cell again in its own way.
         """
-        assert _sweep is not None, "runner.py calls prepare() before Hydra's main"
+        code = 1
         try:
+            assert _sweep is not None, "runner.py calls prepare() before Hydra's main"
             code = run(_sweep, config)
-        except OSError as error:
-            print(f"rfloor: {error}; the same call with resume=true goes on", file=sys.stderr)
-            code = 1
-        except Exception:
-            traceback.print_exc()
-            code = 1
+        except Exception as error:
+            with contextlib.suppress(Exception):  # nobody may be left to be told
+                _tell_failure(error)
         raise SystemExit(code)
+
+
+def _tell_failure(error: Exception) -> None:
+    """Print what ended a sweep outside of its cells."""
+    if isinstance(error, OSError):
+        print(f"rfloor: {error}; the same call with resume=true goes on", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
 
 
 def run(sweep: Sweep, composed: DictConfig) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,8 +76,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
     tracking = [f"tracking.uri={database(home)}", f"tracking.artifacts={home}/artifacts"]
 
-    def start(*overrides: str, after: Sweep | None = None) -> Sweep:
-        started.append(launch(home, tracking, *overrides, after=after))
+    def start(*overrides: str, after: Sweep | None = None, output: int = subprocess.PIPE) -> Sweep:
+        started.append(launch(home, tracking, *overrides, after=after, output=output))
         return started[-1]
 
     yield start

@@ -43,7 +43,8 @@ class Sweep:
         return self.home / self.mark
 
     def end(self, patience_s: float = PATIENCE_S) -> "Sweep":
-        self.stdout, self.stderr = self.process.communicate(timeout=patience_s)
+        printed = self.process.communicate(timeout=patience_s)
+        self.stdout, self.stderr = (text or "" for text in printed)  # of one that prints elsewhere nothing is known
         self.code = self.process.returncode
         self.left_processes = [command for _, command in marked(self.mark)]
         return self
@@ -108,11 +109,17 @@ class Sweep:
         return by_record
 
 
-def launch(home: Path, tracking: Sequence[str], *overrides: str, after: Sweep | None = None) -> Sweep:
+def launch(
+    home: Path,
+    tracking: Sequence[str],
+    *overrides: str,
+    after: Sweep | None = None,
+    output: int = subprocess.PIPE,
+) -> Sweep:
     """Start a sweep over the tiny model, whose every file but MLflow's goes to a folder under `home`.
 
     The folder is its own, or that of a sweep that was there before. What the overrides say themselves goes before
-    the model, device and context that a sweep has otherwise.
+    the model, device and context that a sweep has otherwise. It prints to `output`.
     """
     mark = after.mark if after else f"sweep-{uuid.uuid4().hex}"
     folder = home / mark
@@ -130,8 +137,8 @@ def launch(home: Path, tracking: Sequence[str], *overrides: str, after: Sweep | 
         cwd=folder / "cwd",
         env=inherited | {"PYTHONPATH": path, "TMPDIR": str(folder / "tmp"), "RFLOOR_TEST_MARK": mark},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         text=True,
     )
     return Sweep(home, mark, process)
@@ -142,11 +149,12 @@ def database(home: Path) -> str:
 
 
 def marked(mark: str) -> Iterator[tuple[int, str]]:
-    """Living processes with the mark of a sweep in their environment, which every descendant inherits."""
+    """Living processes with the mark of a sweep in their environment, which descendants inherit, or their command."""
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark.encode() in (entry / "environ").read_bytes():
-                yield int(entry.name), (entry / "cmdline").read_text().replace("\0", " ")
+            command = (entry / "cmdline").read_bytes()
+            if mark.encode() in (entry / "environ").read_bytes() + command:
+                yield int(entry.name), command.decode(errors="replace").replace("\0", " ")
 
 
 def wait_for(what: Callable[[], object], told: str) -> None:

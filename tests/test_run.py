@@ -3,11 +3,13 @@
 Each sweep runs once and is shared by the tests that look at it.
 """
 
+import os
+import pty
 import re
 import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -263,6 +265,40 @@ def test_a_hang_while_something_is_built_or_stepped_is_ended_in_time(start: Star
         assert (record["outcome"], record["reason"]) == ("timeout", f"not done after {timeout_s} s")
         assert "hanging now" in sweep.log(record)
     assert sweep.code == 1
+    assert_nothing_left(sweep)
+
+
+def test_a_worker_that_does_not_end_once_it_has_answered_loses_no_measurement(start: Start) -> None:
+    sweep = start("backend=lingers,lingers-and-raises", "protocol.timeout_s=100").end()
+    for record in sweep.records():
+        assert child.LINGERED in record["warnings"]
+        assert child.GRACE_S < record["wall_s"] < 100
+        assert_logged(sweep, record)
+    assert_told(sweep, sweep.record("lingers"), "ok", "^$", "")
+    assert len(sweep.record("lingers")["step_times_ms"]) == 30
+    assert_told(sweep, sweep.record("lingers-and-raises"), "crash", "^ValueError: broken on purpose", "")
+    assert sweep.code == 1
+    assert words(f"warning: {child.LINGERED}") in words(sweep.stdout)
+    assert_nothing_left(sweep)
+
+
+@pytest.mark.parametrize("opened", [os.pipe, pty.openpty], ids=["pipe", "terminal"])
+def test_a_sweep_that_nobody_reads_any_more_measures_every_cell_once(
+    start: Start, opened: Callable[[], tuple[int, int]]
+) -> None:
+    """As `| head -1` leaves it, or nohup whose terminal is closed; the first cell is being measured."""
+    ours, theirs = opened()
+    sweep = start("protocol.seed=1,2,3", "protocol.warmup_steps=1", "protocol.measured_steps=3", output=theirs)
+    os.close(theirs)
+    wait_for(lambda: [*sweep.folder.glob("records/*/.*.log")] or sweep.process.poll(), "no cell begins")
+    os.close(ours)
+    sweep.end()
+    found = [(record["index"], record["outcome"]) for record in sweep.records()]
+    assert found == [(0, "ok"), (1, "ok"), (2, "ok")]
+    assert len(sweep.runs()) == 3
+    for record in sweep.records():
+        assert_logged(sweep, record)
+    assert sweep.code == 0
     assert_nothing_left(sweep)
 
 

@@ -92,10 +92,14 @@ def _cpu_s(process: Path) -> float:
 def _worker(process: Path) -> str:
     """The worker that lives now; empty where there is none."""
     try:
-        children = (process / "task" / process.name / "children").read_text().split()
-        return next((pid for pid in children if WORKER in Path(f"/proc/{pid}/cmdline").read_bytes()), "")
+        keepers = [pid for pid in _children(process) if WORKER in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return next((worker for pid in keepers for worker in _children(Path(f"/proc/{pid}"))), "")
     except OSError:
         return ""
+
+
+def _children(process: Path) -> list[str]:
+    return (process / "task" / process.name / "children").read_text().split()
 
 
 def _descriptors(process: Path) -> int:

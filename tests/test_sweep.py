@@ -1,10 +1,12 @@
 """The command line before anything is measured: what is refused, what only tells, and how a cell is planned."""
 
 import importlib.metadata
+import io
 import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -770,3 +772,30 @@ def test_what_fails_outside_every_cell_ends_the_call_with_1(monkeypatch: pytest.
     with pytest.raises(SystemExit) as caught:
         sweep.SweepCallback().on_multirun_start(OmegaConf.create())
     assert caught.value.code == 1
+
+
+def test_what_fails_where_nobody_can_be_told_ends_the_call_with_1_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError("nobody reads this")
+
+    monkeypatch.setattr(sweep, "_sweep", None)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with pytest.raises(SystemExit) as caught:
+        sweep.SweepCallback().on_multirun_start(OmegaConf.create())
+    assert caught.value.code == 1
+
+
+def test_a_stream_that_fails_is_given_up() -> None:
+    """Not the next piece either, nor what is held back and written as the process ends."""
+    code = "from registry.streams import hide; hide(); print('lost', flush=True); print('lost too')"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_stream_that_the_call_was_begun_without_is_none_that_fails() -> None:
+    code = "from registry.streams import hide; hide(); print('lost', flush=True)"
+    command = shlex.join([sys.executable, "-c", code])
+    done = subprocess.run(f"{command} >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

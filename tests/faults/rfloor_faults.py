@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,6 +117,7 @@ class Hangs(InLoad):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         subprocess.Popen(["sleep", "600"])
+        subprocess.Popen(bare(), start_new_session=True)
         hang()
 
 
@@ -149,12 +152,22 @@ class OutOfMemory(InLoad):
         raise AssertionError(f"{len(kept)} MiB and still alive")
 
 
+def bare() -> list[str]:
+    """A command that has nothing of its parent's environment, and tells by an argument whose it is."""
+    return ["env", "-i", sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)", Path("..").resolve().name]
+
+
 class Forks(HfBackend):
-    """Leaves processes behind that have sessions of their own, one of them an orphan, and is right nevertheless."""
+    """Leaves processes behind that have sessions of their own, and is right nevertheless.
+
+    One is an orphan, one has nothing of its parent's environment, and one is both.
+    """
 
     def load(self, capacity: int) -> None:
         subprocess.Popen(["sleep", "600"], start_new_session=True)
         subprocess.run(["sh", "-c", "setsid sleep 600 >/dev/null 2>&1 &"], check=True)
+        subprocess.Popen(bare(), start_new_session=True)
+        subprocess.run(["sh", "-c", f"setsid {shlex.join(bare())} >/dev/null 2>&1 &"], check=True)
         super().load(capacity)
 
 
@@ -168,6 +181,20 @@ class HangsInStep(HfBackend):
         if self.setup.architecture.layers > 2 and self.steps == 10:
             hang()
         return super().decode_step(token)
+
+
+class Lingers(HfBackend):
+    """Measures well, and never ends for a thread that does not either."""
+
+    def load(self, capacity: int) -> None:
+        threading.Thread(target=hang).start()
+        super().load(capacity)
+
+
+class LingersAndRaises(Raises):
+    def load(self, capacity: int) -> None:
+        threading.Thread(target=hang).start()
+        super().load(capacity)
 
 
 class Waits(HfBackend):
