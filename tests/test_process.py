@@ -40,7 +40,11 @@ def test_a_process_has_not_ended_until_it_has() -> None:
         ({"pid": "x"}, False),
     ],
 )
-def test_only_what_surely_ended_has(change: dict[str, object], ended: bool) -> None:
+def test_only_what_surely_ended_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, object], ended: bool
+) -> None:
+    monkeypatch.setattr(process, "MACHINE_ID", tmp_path / "machine-id")
+    process.MACHINE_ID.write_text("0123456789abcdef\n")
     assert has_ended(json.dumps(json.loads(this_process()) | change)) is ended
 
 
