@@ -191,6 +191,12 @@ class Planner:
 
     def _resolve_gpu(self, cell: Cell) -> None:
         wanted, here = cell.config.gpu, self._device
+        if here.unseen and not _is_cpu(wanted):
+            raise Refused(
+                Outcome.MISSING_DEPENDENCY,
+                f"this machine has a GPU ({here.unseen}), and NVML, which tells which one, does not answer",
+                "Install nvidia-ml-py and make nvidia-smi answer, or measure the CPU with gpu=cpu",
+            )
         if wanted.name == AUTO:
             name = self._detect()
             if name is None:
@@ -203,7 +209,7 @@ class Planner:
             cell.config.gpu = dataclasses.replace(profile, **(given | {"name": name}))
         validate_profile(cell.config.gpu)
         self._source_overrides(cell.config.gpu)
-        if cell.config.gpu.measure_bandwidth and not cell.config.gpu.nvml_names:
+        if _is_cpu(cell.config.gpu):
             cell.device = cpu_device()
         elif here.kind != "cuda" or here.name not in cell.config.gpu.nvml_names:
             raise unsupported(
@@ -225,6 +231,11 @@ class Planner:
         if self._device.kind == "cpu":
             return "cpu"
         return next((n for n, p in self._profiles.items() if self._device.name in p.nvml_names), None)
+
+
+def _is_cpu(gpu: GpuConfig) -> bool:
+    """Whether a profile is the processor's, which any machine has."""
+    return gpu.measure_bandwidth and not gpu.nvml_names
 
 
 def _ask_beforehand(cell: Cell, chosen: dict[str, tuple[Any, Any]]) -> None:

@@ -245,6 +245,16 @@ def test_auto_without_a_gpu_is_the_cpu(plan: Plan) -> None:
     assert plan("gpu=auto", device=CPU).config.gpu.name == "cpu"
 
 
+@pytest.mark.parametrize("gpu", ["gpu=auto", "gpu=h200"])
+def test_a_gpu_that_nobody_can_name_is_not_measured_as_the_cpu(plan: Plan, gpu: str) -> None:
+    unseen = replace(CPU, unseen="/dev/nvidia0")
+    refusal = refused(plan(gpu, device=unseen), Outcome.MISSING_DEPENDENCY)
+    assert "/dev/nvidia0" in refusal.reason
+    assert "NVML" in refusal.reason
+    assert "gpu=cpu" in refusal.remedy
+    assert plan("gpu=cpu", device=unseen).refusal is None
+
+
 def test_what_is_given_beside_auto_stands(plan: Plan, profiles: dict[str, GpuConfig]) -> None:
     gpu = plan("gpu=auto", "gpu.peak_bandwidth_gbs=4000", "gpu.price_usd_per_hour=3.5").config.gpu
     assert (gpu.name, gpu.peak_bandwidth_gbs, gpu.price_usd_per_hour) == ("h200", 4000, 3.5)
