@@ -44,7 +44,7 @@ def cell_id(
         modules: The plugins' modules, each with the files beside it that its steps depend on.
         versions: Installed packages.
         stored: How weights in a folder are stored and what they are (`registry.weights.check_weights`): a folder that
-            was written anew is another measurement, and one that was moved is not.
+            was written anew is another measurement, and one that was moved is not. Of a hub id the commit.
 
     Returns:
         Sixteen hexadecimal digits.

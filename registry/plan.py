@@ -28,7 +28,7 @@ from registry.plugins import KINDS
 from registry.schema import AUTO, COMPILE_MODES
 from registry.validate import CACHES as KINDS_OF_CACHE
 from registry.validate import validate, validate_profile
-from registry.weights import check_weights
+from registry.weights import check_weights, hub_commit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -52,7 +52,7 @@ class Cell:
         device: The device that measures.
         targets: `module:Class` of each plugin, by kind.
         versions: Installed packages that matter.
-        stored: How its weights are stored, where they lie in a folder.
+        stored: How its weights are stored, where they lie in a folder; of a hub id the commit, where it is known.
         cell_id: Its identity.
         environment: The virtual environment that measures it; empty is this one.
         tags: What its backend wants its runs to bear.
@@ -245,7 +245,10 @@ def _ask_beforehand(cell: Cell, chosen: dict[str, tuple[Any, Any]]) -> None:
         plugin, options = chosen["quant"]
         with _blamed("quant", config.quant.plugin):
             quant = plugin(options)
-            cell.stored = check_weights(config.model.weights, cell.architecture, quant)
+            model = config.model
+            cell.stored = check_weights(model.weights, cell.architecture, quant) or hub_commit(
+                model.weights, model.revision
+            )
             chosen["quant"] = plugin, quant.options  # with those settings of the folder that are options
             config.quant.options = dataclasses.asdict(quant.options)
     if "backend" in chosen:

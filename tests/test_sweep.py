@@ -630,6 +630,20 @@ def test_how_a_folder_s_weights_are_stored_is_part_of_its_cell_s_identity(
     assert len(ids) == 3
 
 
+def test_a_branch_of_the_hub_that_moved_is_another_measurement(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    main = tmp_path / "models--owner--name" / "refs" / "main"
+    main.parent.mkdir(parents=True)
+    ids = []
+    for commit in ("1" * 40, "2" * 40):
+        main.write_text(commit)
+        ids.append(plan("model.weights=owner/name").cell_id)
+        assert plan("model.weights=owner/name", f"model.revision='{commit}'").cell_id == ids[-1]
+    assert ids[0] != ids[1]
+
+
 def test_which_of_several_equal_gpus_measures_is_no_identity(plan: Plan) -> None:
     assert plan(device=replace(H200, uuid="GPU-other")).cell_id == plan().cell_id
 
