@@ -21,7 +21,7 @@ from registry.api import AttentionKernel, Backend, LinearFormat, Request
 from registry.architecture import Architecture
 from registry.environments import interpreter, version
 from registry.hardware import Device, collect_versions, cpu_device
-from registry.identity import cell_id
+from registry.identity import cell_id, step_variables
 from registry.kernel_cell import CACHES
 from registry.outcome import BadInput, Outcome, Refusal, Refused, nearest, unsupported
 from registry.plugins import KINDS
@@ -53,6 +53,7 @@ class Cell:
         targets: `module:Class` of each plugin, by kind.
         versions: Installed packages that matter.
         stored: How its weights are stored, where they lie in a folder; of a hub id the commit, where it is known.
+        variables: Environment variables that change its steps.
         cell_id: Its identity.
         environment: The virtual environment that measures it; empty is this one.
         tags: What its backend wants its runs to bear.
@@ -64,6 +65,7 @@ class Cell:
     targets: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     stored: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=step_variables)
     cell_id: str = ""
     environment: str = ""
     tags: dict[str, str] = field(default_factory=dict)
@@ -170,7 +172,7 @@ class Planner:
         for kind, target in cell.targets.items():
             module = target.partition(":")[0]
             modules[module] = modules.get(module, ()) + (chosen[kind][0].data if kind in chosen else ())
-        cell.cell_id = cell_id(config, cell.device, modules, cell.versions, cell.stored)
+        cell.cell_id = cell_id(config, cell.device, modules, cell.versions, cell.stored, cell.variables)
         return cell
 
     def _claims(self, config: Config) -> tuple[dict[str, Claim], dict[str, tuple[Any, Any]], set[str], list[Refused]]:

@@ -201,7 +201,7 @@ def _snapshot(repository: str, revision: str | None) -> str:
 
 
 def hub_commit(weights: str, revision: str | None) -> dict[str, str]:
-    """The commit that a hub id stands for, told without the network: the hub may move a branch, and its cache with it.
+    """The commit that a hub id stands for, told without the network: a branch moves, and the cache with it.
 
     Args:
         weights: `random`, a local folder, or a hub id.
