@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,14 @@ THROTTLE_REASONS = {
 }
 """Bits of `nvmlDeviceGetCurrentClocksEventReasons` (nvml.h) that lower the clocks against the user's will."""
 
+DEV = Path("/dev")
+COUNT = """
+import ctypes
+count, cuda = ctypes.c_int(), ctypes.CDLL("libcuda.so.1")
+print(count.value if not cuda.cuInit(0) and not cuda.cuDeviceGetCount(ctypes.byref(count)) else 0)
+"""
+"""Prints how many GPUs the driver has: also where there are no device files, as in WSL."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -39,6 +47,7 @@ class Device:
         uuid: NVML's, empty for a CPU.
         capability: CUDA compute capability, `None` for a CPU.
         driver: NVIDIA driver version, empty for a CPU.
+        unseen: Of a CPU, how a GPU is known to be here that NVML does not tell of; empty where there is none.
     """
 
     kind: str
@@ -47,6 +56,7 @@ class Device:
     uuid: str = ""
     capability: tuple[int, int] | None = None
     driver: str = ""
+    unseen: str = ""
 
 
 def find_device() -> Device:
@@ -54,7 +64,7 @@ def find_device() -> Device:
     with _nvml() as nvml:
         handle = _visible_handle(nvml) if nvml else None
         if handle is None:
-            return cpu_device()
+            return replace(cpu_device(), unseen="" if nvml else _unseen_gpu())
         return Device(
             kind="cuda",
             name=_text(nvml.nvmlDeviceGetName(handle)),
@@ -160,7 +170,9 @@ def collect_git() -> dict[str, str]:
 
 def describe(device: Device) -> dict[str, Any]:
     """What a record says of its machine."""
-    return {**asdict(device), "os": platform.platform(), "cpu": cpu_device().name, "cores": physical_cores()}
+    told = asdict(device)
+    del told["unseen"]
+    return {**told, "os": platform.platform(), "cpu": cpu_device().name, "cores": physical_cores()}
 
 
 def _told(nvml: Any, readings: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
@@ -205,8 +217,7 @@ def _nvml() -> Iterator[Any]:
 
 def _visible_handle(nvml: Any) -> Any:
     """The NVML handle of CUDA's device 0, `None` if CUDA_VISIBLE_DEVICES hides every GPU."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    first = visible.split(",")[0].strip() if visible is not None else "0"
+    first = _first_visible()
     try:
         if first.startswith("MIG-"):
             return nvml.nvmlDeviceGetHandleByUUID(first)
@@ -216,6 +227,28 @@ def _visible_handle(nvml: Any) -> Any:
         return nvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdecimal() else None
     except nvml.NVMLError:
         return None
+
+
+def _first_visible() -> str:
+    """What CUDA_VISIBLE_DEVICES calls CUDA's device 0."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+
+
+def _unseen_gpu() -> str:
+    """What shows that CUDA has a GPU here although NVML does not tell of it; empty if nothing does.
+
+    A library alone is no GPU: machines without one have it too.
+    """
+    if not _first_visible().startswith((*"0123456789", "GPU-", "MIG-")):
+        return ""
+    nodes = sorted(str(node) for node in DEV.glob("nvidia[0-9]*"))
+    if nodes:
+        return nodes[0]
+    try:  # a process of its own: CUDA is to be initialised in the workers alone
+        told = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return "libcuda.so.1" if told.strip().isdecimal() and int(told) else ""
 
 
 def _memory_bytes(nvml: Any, handle: Any) -> int:

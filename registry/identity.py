@@ -6,12 +6,13 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.hardware import physical_cores
-from registry.redact import Redactor
+from registry.redact import Redactor, environment_secrets
 from registry.schema import what_decides, what_is_measured
 from registry.weights import RANDOM
 
@@ -25,6 +26,24 @@ WORKER = "registry.worker"
 """Where the measuring code starts."""
 SPELT_OUT = ("execution", "protocol")
 """Groups whose options are names for what stands beside them: they choose no plugin."""
+LABELS = ("gpu", "model")
+"""Groups whose names no plugin knows: their numbers are told, and what measures is told by the device itself."""
+VARIABLES = (
+    *("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"),
+    *("CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_FORCE_PTX_JIT", "CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING"),
+    *("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE", "PYTORCH_ALLOC_CONF"),
+    *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_JIT", "PYTORCH_NO_CUDA_MEMORY_CACHING", "PYTORCH_TUNABLEOP_ENABLED"),
+    *("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_COMPILE_DISABLE"),
+    "TORCH_LINALG_PREFER_CUSOLVER",
+)
+FAMILIES = (
+    *("CUDNN_", "GOMP_", "KMP_", "OMP_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TORCH_CUDNN_", "TRITON_"),
+    *("FLASHINFER_", "FLASH_ATTENTION_"),
+)
+"""Environment variables by which a library makes another step of the same code, by name and by beginning."""
+NO_STEPS = ("_DIR", "_PATH", "_FOLDER", "_HOME", "_FILE", "_LOG", "_LOGS", "_THREADS")
+"""Ends of those of a family that change none: where something is kept, what is told of it, and how many threads
+compile; how many compute rfloor sets itself (`protocol.threads`)."""
 
 
 def cell_id(
@@ -33,6 +52,7 @@ def cell_id(
     modules: Mapping[str, tuple[str, ...]],
     versions: Mapping[str, str],
     stored: Mapping[str, Any],
+    variables: Mapping[str, str],
 ) -> str:
     """Hash of everything that changes a measurement.
 
@@ -44,7 +64,8 @@ def cell_id(
         modules: The plugins' modules, each with the files beside it that its steps depend on.
         versions: Installed packages.
         stored: How weights in a folder are stored and what they are (`registry.weights.check_weights`): a folder that
-            was written anew is another measurement, and one that was moved is not.
+            was written anew is another measurement, and one that was moved is not. Of a hub id the commit.
+        variables: Of `step_variables`.
 
     Returns:
         Sixteen hexadecimal digits.
@@ -55,14 +76,26 @@ def cell_id(
         "device": [device.kind, device.name, device.driver],
         "versions": dict(versions),
         "weights": dict(stored),
+        "variables": dict(variables),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def step_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment variables that are set and change a step, with their values but for secrets."""
+    found = {
+        name: value
+        for name, value in environment.items()
+        if name in VARIABLES or (name.startswith(FAMILIES) and not name.endswith(NO_STEPS))
+    }
+    hidden: dict[str, str] = Redactor(environment_secrets(environment)).plain(found)
+    return hidden
 
 
 def _deciding(config: Config, device: Device, in_folder: bool) -> dict[str, Any]:
     """A cell's configuration in its plain form, but for what is known better or does not count in this cell."""
     plain = what_decides(what_is_measured(config))
-    for group in SPELT_OUT:
+    for group in (*SPELT_OUT, *LABELS):
         del plain[group]["name"]
     if device.kind == "cpu":  # a GPU's steps have one thread that launches them
         plain["protocol"]["threads"] = config.protocol.threads or physical_cores()

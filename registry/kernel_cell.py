@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.capture import capture
 from registry.kernels import seen
-from registry.measure import event_pass, quiet, wall_pass
+from registry.measure import event_pass, load_beside, quiet, wall_pass
 from registry.outcome import Outcome, Refused
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def measure_kernel(
         rotation = cycle(caches)
         launch, calls = (lambda: call(next(rotation))), 1
     stage("measure")
+    beside = load_beside(device)
     with quiet():
         times = wall_pass(launch, protocol, device)
         events = event_pass(launch, protocol) if device == "cuda" else None
@@ -97,6 +98,7 @@ def measure_kernel(
         "fidelity": fidelity,
         "kernels": kernels,
         "sdp_enabled": enabled,
+        "load_window": beside,
     }
 
 

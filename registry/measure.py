@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.execution import EXECUTIONS
-from registry.hardware import snapshot
+from registry.hardware import load, snapshot
 from registry.kernels import seen
 from registry.profiler import profiled
 
@@ -79,6 +79,7 @@ def measure(
     prepared = execution.prepare()
 
     stage("measure")
+    beside = load_beside(device)
     before = snapshot() if device == "cuda" else {}
     with quiet():
         step_times = wall_pass(execution.step, protocol, device)
@@ -112,6 +113,7 @@ def measure(
         "streamed_weight_bytes": bytes_per_step.weights,
         "streamed_kv_bytes": bytes_per_step.kv,
         "final_position": position,
+        "load_window": beside,
         "device_before": before,
         "device_after": after,
         **peaks,
@@ -149,6 +151,22 @@ def event_pass(step: Callable[[], Any], protocol: ProtocolConfig) -> list[float]
         event.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in pairwise(events)]
+
+
+def load_beside(device: str) -> dict[str, Any]:
+    """What runs on the device as the timed window begins, this process included, which has been there for minutes.
+
+    Returns:
+        `registry.hardware.load`'s without its utilisation, which is this process's own here; and `own_bytes`, which
+        PyTorch's allocator holds. Empty on the CPU.
+    """
+    found = load() if device == "cuda" else {}
+    if not found:
+        return {}
+    import torch
+
+    found.pop("utilisation_percent", None)
+    return found | {"own_bytes": torch.cuda.memory_reserved()}
 
 
 def synchronise(device: str) -> None:

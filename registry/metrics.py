@@ -21,6 +21,8 @@ CLOCK_SLACK = 0.02
 IDLE_BYTES = 1_000_000_000
 IDLE_PERCENT = 5
 """What a device that nobody uses may have in use, and how busy it may be."""
+CONTEXT_BYTES = 1_000_000_000
+"""What a worker may have of the device beside what PyTorch's allocator holds: its context, and its kernels' code."""
 
 
 def metrics(cell: Cell, measured: Mapping[str, Any]) -> dict[str, float]:
@@ -207,8 +209,9 @@ def sharing(measured: Mapping[str, Any]) -> list[str]:
     """What else used the device.
 
     Args:
-        measured: What `registry.hardware.load` found before the worker touched the device, and how many processes
-            used it in the end, of which the worker is one.
+        measured: What `registry.hardware.load` found before the worker touched the device, what
+            `registry.measure.load_beside` found as the timed window began, and how many processes used it in the end,
+            of which the worker is one.
     """
     before, after = measured.get("load_before", {}), measured.get("contexts_after")
     others = before.get("processes", [])
@@ -225,9 +228,22 @@ def sharing(measured: Mapping[str, Any]) -> list[str]:
         found.append(
             f"shared: the device was busy {before['utilisation_percent']} % of the time before the worker came"
         )
-    if not others and after is not None and after > 1:
+    if came := _came(before, measured.get("load_window", {})):
+        found.append(f"shared: {came} came to the device before the timed window")
+    elif not others and after is not None and after > 1:
         found.append(f"shared: {after - 1} other processes came to the device while the worker was there")
     return found
+
+
+def _came(before: Mapping[str, Any], window: Mapping[str, Any]) -> str:
+    """Who came between the worker's start and the timed window; where no process is told, what they hold."""
+    more = len(window.get("processes", [])) - 1 - len(before.get("processes", []))  # one is the worker
+    if more > 0:
+        return f"{more} other processes"
+    if "memory_used_bytes" not in before or "memory_used_bytes" not in window:
+        return ""
+    held = window["memory_used_bytes"] - before["memory_used_bytes"] - window["own_bytes"] - CONTEXT_BYTES
+    return f"others with {held / 1e9:.1f} GB or more" if held > IDLE_BYTES else ""
 
 
 def throttling(state: Mapping[str, Any], moment: str) -> list[str]:

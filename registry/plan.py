@@ -21,14 +21,14 @@ from registry.api import AttentionKernel, Backend, LinearFormat, Request
 from registry.architecture import Architecture
 from registry.environments import interpreter, version
 from registry.hardware import Device, collect_versions, cpu_device
-from registry.identity import cell_id
+from registry.identity import cell_id, step_variables
 from registry.kernel_cell import CACHES
 from registry.outcome import BadInput, Outcome, Refusal, Refused, nearest, unsupported
 from registry.plugins import KINDS
 from registry.schema import AUTO, COMPILE_MODES
 from registry.validate import CACHES as KINDS_OF_CACHE
 from registry.validate import validate, validate_profile
-from registry.weights import check_weights
+from registry.weights import check_weights, hub_commit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -52,7 +52,8 @@ class Cell:
         device: The device that measures.
         targets: `module:Class` of each plugin, by kind.
         versions: Installed packages that matter.
-        stored: How its weights are stored, where they lie in a folder.
+        stored: How its weights are stored, where they lie in a folder; of a hub id the commit, where it is known.
+        variables: Environment variables that change its steps.
         cell_id: Its identity.
         environment: The virtual environment that measures it; empty is this one.
         tags: What its backend wants its runs to bear.
@@ -64,6 +65,7 @@ class Cell:
     targets: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     stored: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=step_variables)
     cell_id: str = ""
     environment: str = ""
     tags: dict[str, str] = field(default_factory=dict)
@@ -170,7 +172,7 @@ class Planner:
         for kind, target in cell.targets.items():
             module = target.partition(":")[0]
             modules[module] = modules.get(module, ()) + (chosen[kind][0].data if kind in chosen else ())
-        cell.cell_id = cell_id(config, cell.device, modules, cell.versions, cell.stored)
+        cell.cell_id = cell_id(config, cell.device, modules, cell.versions, cell.stored, cell.variables)
         return cell
 
     def _claims(self, config: Config) -> tuple[dict[str, Claim], dict[str, tuple[Any, Any]], set[str], list[Refused]]:
@@ -191,6 +193,12 @@ class Planner:
 
     def _resolve_gpu(self, cell: Cell) -> None:
         wanted, here = cell.config.gpu, self._device
+        if here.unseen and not _is_cpu(wanted):
+            raise Refused(
+                Outcome.MISSING_DEPENDENCY,
+                f"this machine has a GPU ({here.unseen}), and NVML, which tells which one, does not answer",
+                "Install nvidia-ml-py and make nvidia-smi answer, or measure the CPU with gpu=cpu",
+            )
         if wanted.name == AUTO:
             name = self._detect()
             if name is None:
@@ -203,7 +211,7 @@ class Planner:
             cell.config.gpu = dataclasses.replace(profile, **(given | {"name": name}))
         validate_profile(cell.config.gpu)
         self._source_overrides(cell.config.gpu)
-        if cell.config.gpu.measure_bandwidth and not cell.config.gpu.nvml_names:
+        if _is_cpu(cell.config.gpu):
             cell.device = cpu_device()
         elif here.kind != "cuda" or here.name not in cell.config.gpu.nvml_names:
             raise unsupported(
@@ -227,6 +235,11 @@ class Planner:
         return next((n for n, p in self._profiles.items() if self._device.name in p.nvml_names), None)
 
 
+def _is_cpu(gpu: GpuConfig) -> bool:
+    """Whether a profile is the processor's, which any machine has."""
+    return gpu.measure_bandwidth and not gpu.nvml_names
+
+
 def _ask_beforehand(cell: Cell, chosen: dict[str, tuple[Any, Any]]) -> None:
     """What the plugins say that is needed before anything is checked: a folder's own settings, an environment."""
     config = cell.config
@@ -234,7 +247,10 @@ def _ask_beforehand(cell: Cell, chosen: dict[str, tuple[Any, Any]]) -> None:
         plugin, options = chosen["quant"]
         with _blamed("quant", config.quant.plugin):
             quant = plugin(options)
-            cell.stored = check_weights(config.model.weights, cell.architecture, quant)
+            model = config.model
+            cell.stored = check_weights(model.weights, cell.architecture, quant) or hub_commit(
+                model.weights, model.revision
+            )
             chosen["quant"] = plugin, quant.options  # with those settings of the folder that are options
             config.quant.options = dataclasses.asdict(quant.options)
     if "backend" in chosen:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
-import uuid
 from pathlib import Path
 
 PROC = Path("/proc")
+MACHINE_ID = Path("/etc/machine-id")
 
 
 def this_process() -> str:
@@ -23,24 +23,30 @@ def has_ended(told: str) -> bool:
     """Whether a process has surely ended.
 
     One of another host, of another container or of something unreadable may live: that is no. One of an earlier boot
-    of this host does not. A name alone makes no host, since many are called localhost.
+    of this host does not. A name alone makes no host, since many are called localhost: without a machine's
+    id (machine-id(5)), which many containers lack, another boot may be another machine's.
     """
     try:
         process = json.loads(told)
         here = _place()
-        if process["host"] != here["host"]:
+        if (process["host"], process["machine"]) != (here["host"], here["machine"]):
             return False
         if process["boot"] != here["boot"]:
-            return True
+            return bool(here["machine"])
         return bool(process["namespace"] == here["namespace"] and _start(int(process["pid"])) != process["start"])
     except (ValueError, TypeError, KeyError):
         return False
 
 
 def _place() -> dict[str, str]:
-    """Where PIDs mean what they mean here; the host's name alone where /proc does not tell the rest."""
+    """Where PIDs mean what they mean here; the host's name alone where nothing tells the rest.
+
+    Every process of a machine has to find the same: no network card's address is part of it, since without a card
+    `uuid.getnode` makes one up, another one in each process.
+    """
     return {
-        "host": f"{socket.gethostname()} {_read(Path('/etc/machine-id'))} {uuid.getnode():x}",
+        "host": socket.gethostname(),
+        "machine": _read(MACHINE_ID),
         "boot": _read(PROC / "sys/kernel/random/boot_id"),
         "namespace": _link(PROC / "self/ns/pid"),
     }

@@ -188,27 +188,28 @@ def read(file: Path) -> Record:
 
 
 def head(file: Path) -> Head:
-    """What a record's file says of itself before its figures, at a twentieth of the time that `read` takes.
+    """What a record's file says of itself before its figures, at a tenth of the time that `read` takes.
 
     Raises:
-        BadRecord: See `read`; of a whole file only the beginning is checked.
+        BadRecord: See `read`; of a file that is whole only the beginning is taken apart.
     """
     try:
-        with file.open("rb") as stream:
-            begins = stream.read(HEAD_BYTES)
-            if len(begins) == HEAD_BYTES:
-                stream.seek(-2, os.SEEK_END)
-                whole = stream.read() == b"}\n"
-                begins = begins[: begins.rfind(b',\n "')] + b"}"
-                content = json.loads(begins) if whole else None
-                if isinstance(content, dict):
-                    _check(content, _head_types(), {})
-                    own = {name: content[name] for name in _names(Head)}
-                    return Head(**{**own, "outcome": Outcome(own["outcome"])})
+        data = files.read_bytes(file)
+        if len(data) >= HEAD_BYTES and _is_whole(data):
+            content = json.loads(data[: data.rfind(b',\n "', 0, HEAD_BYTES)] + b"}")
+            if isinstance(content, dict):
+                _check(content, _head_types(), {})
+                own = {name: content[name] for name in _names(Head)}
+                return Head(**{**own, "outcome": Outcome(own["outcome"])})
     except (OSError, ValueError, BadRecord):  # of an earlier version, which has another order, or no record at all
         pass
     found = read(file)
     return Head(**{name: getattr(found, name) for name in _names(Head)})
+
+
+def _is_whole(data: bytes) -> bool:
+    """Whether a file has its end and no bytes that `write_json` never writes: zeros are a block that a crash lost."""
+    return data.endswith(b"}\n") and b"\0" not in data and data.isascii()
 
 
 def read_json(file: Path) -> Any:

@@ -53,6 +53,7 @@ def run_cell(cell: Cell, index: int, session: int, call: Call) -> Record:
         environment={
             "device": hardware.describe(cell.device),
             "versions": cell.versions,
+            "variables": cell.variables,
             "git": hardware.collect_git(),
             "tags": cell.tags,
         },

@@ -32,6 +32,7 @@ LENGTH_BYTES = 8
 """Of a safetensors header's length, with which a file begins."""
 SAMPLE_BYTES = 256
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class WeightSource(Protocol):
@@ -197,6 +198,30 @@ def _snapshot(repository: str, revision: str | None) -> str:
         with contextlib.suppress(Exception):
             return str(snapshot_download(repository, local_files_only=True, **wanted))
         raise
+
+
+def hub_commit(weights: str, revision: str | None) -> dict[str, str]:
+    """The commit that a hub id stands for, told without the network: a branch moves, and the cache with it.
+
+    Args:
+        weights: `random`, a local folder, or a hub id.
+        revision: Branch, tag or commit of a hub id.
+
+    Returns:
+        Empty for weights from elsewhere, and where the hub's cache does not know the revision.
+    """
+    if weights == RANDOM or _local(weights):
+        return {}
+    if COMMIT.fullmatch(revision or ""):
+        return {"commit": str(revision)}
+    from huggingface_hub import constants
+
+    refs = Path(constants.HF_HUB_CACHE, f"models--{weights.replace('/', '--')}", "refs")
+    try:
+        told = files.read_text(refs / (revision or "main")).strip()
+    except (OSError, ValueError):
+        return {}
+    return {"commit": told} if COMMIT.fullmatch(told) else {}
 
 
 def check_weights(weights: str, architecture: Architecture, quant: Any = None) -> dict[str, Any]:

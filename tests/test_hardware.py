@@ -163,14 +163,56 @@ def broken_library(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> None:
 
 
 @pytest.mark.parametrize("without", [no_library, no_driver, broken_library])
-def test_without_nvml_the_device_is_the_cpu(
-    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, without: Callable[..., None]
+def test_without_nvml_and_without_a_gpu_the_device_is_the_cpu(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without: Callable[..., None]
 ) -> None:
     without(monkeypatch, nvml)
+    monkeypatch.setattr(hardware, "DEV", tmp_path)
+    monkeypatch.setattr(hardware, "COUNT", "print(0)")
     assert find_device() == hardware.cpu_device()
     assert snapshot() == {}
     assert hardware.load() == {}
     assert hardware.contexts() is None
+
+
+@pytest.mark.parametrize("without", [no_library, no_driver, broken_library])
+@pytest.mark.parametrize(
+    ("visible", "node", "counts", "unseen"),
+    [
+        (None, "nvidia0", "print(0)", "nvidia0"),
+        ("1", "nvidia1", "print(0)", "nvidia1"),
+        ("GPU-aaaa", "nvidia0", "print(0)", "nvidia0"),
+        (None, "nvidiactl", "print(2)", "libcuda.so.1"),
+        (None, "nvidiactl", "print(0)", ""),
+        (None, "nvidiactl", "import no_such_library", ""),
+        ("", "nvidia0", "print(1)", ""),
+        ("-1", "nvidia0", "print(1)", ""),
+    ],
+)
+def test_a_gpu_that_nvml_does_not_tell_of_is_no_cpu_alone(
+    nvml: FakeNvml,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    without: Callable[..., None],
+    visible: str | None,
+    node: str,
+    counts: str,
+    unseen: str,
+) -> None:
+    without(monkeypatch, nvml)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (tmp_path / node).touch()
+    monkeypatch.setattr(hardware, "DEV", tmp_path)
+    monkeypatch.setattr(hardware, "COUNT", counts)
+    found = find_device()
+    assert found.kind == "cpu"
+    assert found.unseen.rpartition("/")[2] == unseen
+
+
+def test_the_count_of_gpus_is_no_number_without_libcuda() -> None:
+    told = subprocess.run([sys.executable, "-c", hardware.COUNT], capture_output=True, text=True, check=False)
+    assert told.stdout.strip().isdecimal() or "libcuda.so.1" in told.stderr
 
 
 def test_a_gpu_that_shares_the_host_s_memory(nvml: FakeNvml) -> None:

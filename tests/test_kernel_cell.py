@@ -10,7 +10,7 @@ from planning import CPU, Plan, refused
 from sweeps import Start
 
 from backends.attention.sdpa import Sdpa, SdpaOptions
-from registry import metrics
+from registry import kernel_cell, metrics
 from registry.api import AttentionKernel, AttentionShape
 from registry.architecture import Architecture
 from registry.kernel_cell import CACHES, measure_kernel
@@ -70,6 +70,17 @@ def test_calls_rotate_over_caches_of_the_context_and_the_token_itself(architectu
     assert found["fidelity"]["output_cosine"] > 0.9999
     assert found["event_call_times_us"] is None
     assert any("attention" in name for name in found["kernels"])
+
+
+def test_who_else_is_on_the_device_is_asked_before_the_calls_are_timed(
+    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, before = Watched(SdpaOptions()), []
+    monkeypatch.setattr(
+        kernel_cell, "load_beside", lambda device: before.append(len(kernel.calls)) or {"seen": device}
+    )
+    assert measured(kernel, architecture)["load_window"] == {"seen": "cpu"}
+    assert before == [2]  # those of the check
 
 
 @pytest.mark.parametrize("pinned", ["default", "math"])

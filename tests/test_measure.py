@@ -249,6 +249,29 @@ def test_what_lives_is_out_of_the_collector_s_sight() -> None:
         assert not gc.isenabled()
 
 
+def test_who_else_is_on_the_device_is_asked_once_all_is_ready(
+    small: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter, met = Counter(setup(small)), []
+
+    def beside(device: str) -> dict[str, Any]:
+        met.append((device, len(counter.collecting)))
+        return {"processes": []}
+
+    monkeypatch.setattr(measuring, "load_beside", beside)
+    assert run(counter)["load_window"] == {"processes": []}
+    assert met == [("cpu", 0)]  # after the prefill, and no step of the window was made
+
+
+def test_what_runs_beside_a_worker_is_told_without_its_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"processes": [{"pid": 1, "memory_bytes": 5}], "memory_used_bytes": 7, "utilisation_percent": 90}
+    monkeypatch.setattr(measuring, "load", lambda: dict(found))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3)
+    del found["utilisation_percent"]
+    assert measuring.load_beside("cuda") == found | {"own_bytes": 3}
+    assert measuring.load_beside("cpu") == {}
+
+
 # Memory and bandwidth
 
 

@@ -502,6 +502,49 @@ def test_a_run_beside_others_carries_a_warning(
     assert [warning[: len(words)] for warning, words in zip(found, told, strict=True)] == told
 
 
+TWO = {"pid": 8, "memory_bytes": 1_000_000_000}
+
+
+@pytest.mark.parametrize(
+    ("before", "window", "after", "told"),
+    [
+        ({"processes": []}, {"processes": [ONE]}, 1, []),
+        (
+            {"processes": []},
+            {"processes": [ONE, TWO]},
+            1,
+            ["shared: 1 other processes came to the device before the"],
+        ),
+        (
+            {"processes": []},
+            {"processes": [ONE, TWO]},
+            2,
+            ["shared: 1 other processes came to the device before the"],
+        ),
+        ({"processes": [TWO]}, {"processes": [ONE, TWO]}, 2, ["shared: 1 other processes held 1.0 GB"]),
+        (
+            {"processes": [TWO]},
+            {"processes": [ONE, TWO, TWO]},
+            3,
+            ["shared: 1 other processes held 1.0 GB", "shared: 1 other processes came to the device before the"],
+        ),
+        ({"memory_used_bytes": 10**9}, {"memory_used_bytes": 12 * 10**9, "own_bytes": 9 * 10**9}, None, []),
+        (
+            {"memory_used_bytes": 10**9},
+            {"memory_used_bytes": 16 * 10**9, "own_bytes": 9 * 10**9},
+            None,
+            ["shared: others with 5.0 GB or more came to the device before the"],
+        ),
+        ({}, {"memory_used_bytes": 16 * 10**9, "own_bytes": 0}, None, []),
+    ],
+)
+def test_who_came_while_the_worker_built_checked_and_loaded_is_told(
+    cell: Cell, before: dict[str, Any], window: dict[str, Any], after: int | None, told: list[str]
+) -> None:
+    found = warnings(cell, load_before=before, load_window=window, contexts_after=after)
+    assert [warning[: len(words)] for warning, words in zip(found, told, strict=True)] == told
+
+
 @pytest.mark.parametrize(
     ("changes", "name", "value"),
     [

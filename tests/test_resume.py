@@ -22,6 +22,7 @@ from registry import record as records
 from registry.manifest import Manifest, Planned
 from registry.outcome import Outcome
 from registry.resume import look
+from registry.status import statuses as statuses_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated")  # sqlalchemy on MLflow
 
@@ -191,6 +192,21 @@ def test_a_head_of_a_cut_record_is_none(tmp_path: Path, cut: int) -> None:
     file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(records.BadRecord, match=str(file)):
         records.head(file)
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 800, b"\0", b"\xff"])
+def test_status_and_resume_agree_on_a_record_that_is_damaged_within(tmp_path: Path, damage: bytes) -> None:
+    """A crash of the machine leaves zeros of a block that was never written."""
+    begun(tmp_path, OLD, A, B)
+    for place, cell in enumerate((A, B)):
+        kept(tmp_path, cell, index=place, step_times_ms=[1.5] * 2000)
+    file = records.path(tmp_path, B, OLD, 1)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:3000] + damage + whole[3000 + len(damage) :])
+    assert [*look([(A, 0, ""), (B, 0, "")], tmp_path, profiled=False).found] == [0]
+    [one], [problem] = statuses_of(tmp_path)
+    assert (one.done, [job.cell_id for job in one.missing]) == (1, [B])
+    assert str(file) in problem
 
 
 # Whole sweeps

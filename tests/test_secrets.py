@@ -457,10 +457,10 @@ def test_a_secret_is_no_part_of_a_cell_s_identity(composer: Composer) -> None:
     found = set()
     for token in ("kanary-1", "kanary-2"):
         config = dataclasses.replace(cell.config.backend, options={"token": token, "size": 1})
-        found.add(cell_id(dataclasses.replace(cell.config, backend=config), cell.device, {}, {}, {}))
+        found.add(cell_id(dataclasses.replace(cell.config, backend=config), cell.device, {}, {}, {}, {}))
     assert len(found) == 1
     config = dataclasses.replace(cell.config.backend, options={"token": token, "size": 2})
-    assert cell_id(dataclasses.replace(cell.config, backend=config), cell.device, {}, {}, {}) not in found
+    assert cell_id(dataclasses.replace(cell.config, backend=config), cell.device, {}, {}, {}, {}) not in found
 
 
 @pytest.mark.parametrize("key", ["tracking.experiment", "model.name", "quant.name", "gpu.name"])

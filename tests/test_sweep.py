@@ -247,6 +247,16 @@ def test_auto_without_a_gpu_is_the_cpu(plan: Plan) -> None:
     assert plan("gpu=auto", device=CPU).config.gpu.name == "cpu"
 
 
+@pytest.mark.parametrize("gpu", ["gpu=auto", "gpu=h200"])
+def test_a_gpu_that_nobody_can_name_is_not_measured_as_the_cpu(plan: Plan, gpu: str) -> None:
+    unseen = replace(CPU, unseen="/dev/nvidia0")
+    refusal = refused(plan(gpu, device=unseen), Outcome.MISSING_DEPENDENCY)
+    assert "/dev/nvidia0" in refusal.reason
+    assert "NVML" in refusal.reason
+    assert "gpu=cpu" in refusal.remedy
+    assert plan("gpu=cpu", device=unseen).refusal is None
+
+
 def test_what_is_given_beside_auto_stands(plan: Plan, profiles: dict[str, GpuConfig]) -> None:
     gpu = plan("gpu=auto", "gpu.peak_bandwidth_gbs=4000", "gpu.price_usd_per_hour=3.5").config.gpu
     assert (gpu.name, gpu.peak_bandwidth_gbs, gpu.price_usd_per_hour) == ("h200", 4000, 3.5)
@@ -522,12 +532,14 @@ def test_a_quant_brings_its_backend_where_none_is_named(plan: Plan) -> None:
         ["dry_run=true"],
         ["sweep_id=other"],
         ["gpu=h200"],
+        ["gpu=h200", "gpu.name=mine"],
         ["gpu.price_usd_per_hour=9"],
         ["+gpu.sources.price_usd_per_hour=another list"],
         ["gpu.nvml_names=[NVIDIA H200,NVIDIA H200 NVL]"],
         ["gpu.memory_gb=100"],
         ["gpu.compute_capability='8.9'"],
         ["model.source=another page"],
+        ["model.name=mine"],
         ["model.max_context=4096"],
         ["model.revision=v2"],
         ["quant.weight_bits=8"],
@@ -620,6 +632,66 @@ def test_how_a_folder_s_weights_are_stored_is_part_of_its_cell_s_identity(
     assert len(ids) == 3
     ids.add(plan("model.weights=other/name", "model.revision=v2").cell_id)  # the same weights, elsewhere
     assert len(ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("CUDA_LAUNCH_BLOCKING", ("1", "0")),
+        ("TORCHDYNAMO_DISABLE", ("1",)),
+        ("ATEN_CPU_CAPABILITY", ("default", "avx2")),
+        ("NVIDIA_TF32_OVERRIDE", ("0",)),
+        ("PYTORCH_NO_CUDA_MEMORY_CACHING", ("1",)),
+        ("CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")),
+        ("TORCHINDUCTOR_MAX_AUTOTUNE", ("1",)),
+        ("CUDA_DEVICE_MAX_CONNECTIONS", ("1",)),
+        ("TRITON_INTERPRET", ("1",)),
+    ],
+)
+def test_a_variable_that_changes_a_step_is_part_of_a_cell_s_identity(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, name: str, values: tuple[str, ...]
+) -> None:
+    monkeypatch.delenv(name, raising=False)
+    ids = [plan().cell_id]
+    for value in values:
+        monkeypatch.setenv(name, value)
+        cell = plan()
+        assert cell.variables[name] == value
+        ids.append(cell.cell_id)
+    assert len({*ids}) == 1 + len(values)
+    monkeypatch.delenv(name)
+    assert plan().cell_id == ids[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HOME", "HF_TOKEN", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "OMP_NUM_THREADS", "LANG", "SLURM_JOB_ID"],
+)
+def test_a_variable_that_changes_no_step_is_no_identity(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    before = plan()
+    monkeypatch.setenv(name, "another")
+    assert (plan().cell_id, plan().variables) == (before.cell_id, before.variables)
+
+
+def test_a_secret_among_the_variables_is_hidden() -> None:
+    told = identity.step_variables({"TRITON_API_TOKEN": "kanary-1", "OMP_PLACES": "kanary-2", "HF_TOKEN": "kanary-2"})
+    assert not [value for value in told.values() if "kanary" in value]
+
+
+def test_a_branch_of_the_hub_that_moved_is_another_measurement(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    main = tmp_path / "models--owner--name" / "refs" / "main"
+    main.parent.mkdir(parents=True)
+    ids = []
+    for commit in ("1" * 40, "2" * 40):
+        main.write_text(commit)
+        ids.append(plan("model.weights=owner/name").cell_id)
+        assert plan("model.weights=owner/name", f"model.revision='{commit}'").cell_id == ids[-1]
+    assert ids[0] != ids[1]
 
 
 def test_which_of_several_equal_gpus_measures_is_no_identity(plan: Plan) -> None:

@@ -445,9 +445,9 @@ def test_import_completes_a_run_that_was_cut_off(
 
 
 def close_as_killed(store: Store) -> None:
-    """Make the one run that of a process before this machine's last start, and end it as the next sweep does."""
+    """Make the one run that of a process whose PID is another's now, and end it as the next sweep does."""
     [run] = store.runs()
-    process = json.dumps(json.loads(this_process()) | {"boot": "an earlier one"})
+    process = json.dumps(json.loads(this_process()) | {"start": "1"})
     store.client.set_tag(run.info.run_id, PROCESS_TAG, process)
     assert Tracker(store.config).close_left() == 1
     [left] = store.runs()

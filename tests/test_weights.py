@@ -21,7 +21,7 @@ from registry.checkpoint import expected_tensors
 from registry.compose import Composer
 from registry.outcome import BadInput, Outcome, Refused
 from registry.plugins import Catalog
-from registry.weights import FolderWeights, RandomWeights, check_biases, check_weights, open_weights
+from registry.weights import FolderWeights, RandomWeights, check_biases, check_weights, hub_commit, open_weights
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -402,6 +402,27 @@ def test_a_cached_hub_model_is_found_without_network(
     source = open_weights("owner/name", revision, seed=0)
     expected = load_file(saved / "model.safetensors")[NORM]
     assert torch.equal(source.tensor(NORM, (small.hidden,), torch.float32, "cpu"), expected)
+
+
+@pytest.mark.parametrize(
+    ("revision", "commit"),
+    [(None, "1" * 40), ("main", "1" * 40), ("pr/1", "2" * 40), ("3" * 40, "3" * 40), ("v2", ""), ("../x", "")],
+)
+def test_the_commit_of_a_hub_id_is_the_one_that_the_cache_knows(
+    hub_cache: Path, revision: str | None, commit: str
+) -> None:
+    refs = hub_cache / "models--owner--name" / "refs"
+    (refs / "pr").mkdir(parents=True)
+    (refs / "main").write_text("1" * 40)
+    (refs / "pr" / "1").write_text("2" * 40)
+    (refs.parent / "x").write_text("no commit")
+    assert hub_commit("owner/name", revision) == ({"commit": commit} if commit else {})
+
+
+def test_what_comes_from_elsewhere_has_no_commit(hub_cache: Path, saved: Path) -> None:
+    assert hub_commit("random", "1" * 40) == {}
+    assert hub_commit(str(saved), "1" * 40) == {}
+    assert hub_commit("owner/name", None) == {}
 
 
 @pytest.mark.parametrize("revision", [None, "1" * 40])
