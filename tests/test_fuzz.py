@@ -173,6 +173,13 @@ def test_any_arguments_of_the_command_are_taken_or_told(
     forget()
 
 
+@pytest.mark.parametrize("command", [["status"], ["import"], ["export", "--study", "x"]])
+def test_a_folder_whose_name_is_too_long_is_bad_input(command: list[str], cwd: Path) -> None:
+    told = tell(lambda: cli.main([*command, "a" * 300]))
+    assert told.code == 2
+    assert "is no folder" in told.err
+
+
 def answered(arguments: list[str]) -> Any:
     """runner.py as a whole."""
     with pytest.MonkeyPatch.context() as patch:
