@@ -150,8 +150,7 @@ def _report(name: str, overrides: list[str]) -> int:
 
 def _export(folder: Path, target: Path) -> int:
     """Write the study's files out of a folder of records."""
-    if not folder.is_dir():
-        raise BadInput(f"{folder} is no folder")
+    _check_folder(folder)
     composer = Composer(Catalog())
     experiments = {name: composer.cell([f"experiment={name}"]).experiment for name in _experiments(composer)}
     found, problems = records_in(folder)
@@ -169,8 +168,7 @@ def _export(folder: Path, target: Path) -> int:
 
 def _status(folder: Path, wanted: Sequence[str]) -> int:
     """Tell of the sweeps under a folder of records, cell by cell of those that are named."""
-    if not folder.is_dir():
-        raise BadInput(f"{folder} is no folder")
+    _check_folder(folder)
     found, problems = statuses(folder)
     known = {status.sweep_id: status for status in found}
     for sweep_id in wanted:
@@ -178,6 +176,20 @@ def _status(folder: Path, wanted: Sequence[str]) -> int:
             raise BadInput(f"no sweep of {folder} is called {sweep_id!r}: {nearest(sweep_id, known)}")
     tell_status([known[sweep_id] for sweep_id in wanted] if wanted else found, in_full=bool(wanted))
     return _told(problems)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        BadInput: Nor could be one, as a name that is too long.
+    """
+    try:
+        found = folder.is_dir()
+    except OSError:
+        found = False
+    if not found:
+        raise BadInput(f"{folder} is no folder")
 
 
 def _experiments(composer: Composer) -> list[str]:
@@ -210,8 +222,7 @@ def _told(problems: Sequence[str]) -> int:
 
 
 def _import(folder: Path, overrides: list[str]) -> int:
-    if not folder.is_dir():
-        raise BadInput(f"{folder} is no folder")
+    _check_folder(folder)
     composer = Composer(Catalog())
     (job,) = composer.jobs(overrides, multirun=False)
     config = composer.cell(job)

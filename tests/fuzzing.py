@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,42 @@ class Grammar:
             st.sampled_from(["HOME", "NO_SUCH_NAME", "model", "[1", "'x'", "${context}", ""]),
         ).map(lambda parts: "${" + ":".join(parts) + "}")
         return inner | some | some | nested | called | looked_up | resolved | TEXTS
+
+
+def commands(grammar: Grammar, records: Path, target: Path) -> st.SearchStrategy[list[str]]:
+    """Arguments of the `rfloor` command.
+
+    Args:
+        grammar: What overrides are made of.
+        records: A folder of records.
+        target: Where something may be written.
+    """
+    whole_disk = ("/", "..", "../../x")
+    spiteful = st.sampled_from([text for text in SPITEFUL if text not in whole_disk])
+    folders = st.sampled_from([str(records), str(records), ".", "no-such-folder", __file__]) | spiteful
+    targets = st.sampled_from([str(target), str(target), "/dev/null", "/dev/null/x", f"{records}/sweeps"])
+    given = st.sampled_from(
+        ["out", "sweep", "price.h200", "price.h20", "price.", "tracking.uri", "tracking", "model"]
+    )
+    pairs = st.tuples(given, near("x") | near(0.5) | TEXTS).map("=".join).filter(lambda text: text[:4] != "out=")
+    override = pairs | grammar.plausible() | grammar.override() | targets.map(lambda folder: f"out={folder}")
+    safe = override.filter(lambda text: not text.startswith("out=") or text[4:5] == "/")
+    overrides = st.just([]) | st.lists(safe, max_size=3)
+    experiments = st.sampled_from([*grammar.options["experiment"], "graphs_a"]) | TEXTS
+    known = st.sampled_from([file.stem for file in records.glob("sweeps/*.json")])
+    written = targets.map(lambda folder: [f"out={folder}"])
+    form = st.sampled_from([[], ["quant=gptq"], ["quant=int4"], ["model=tiny", "quant=gptq"]])
+    parts = {
+        "status": (folders.map(lambda one: [one]), st.lists(known | TEXTS, max_size=2)),
+        "export": (targets.map(lambda one: ["--study", one]), folders.map(lambda one: [one])),
+        "import": (folders.map(lambda one: [one]), overrides),
+        "report": (experiments.map(lambda one: [one]), overrides),
+        "synthesize": (written, form, overrides),
+    }
+    told = [st.tuples(st.just([name]), *own).map(lambda found: [*chain(*found)]) for name, own in parts.items()]
+    flags = st.sampled_from(["--help", "-h", "--study", "--", "--version", "-x", "stat", "statu", ""])
+    strange = st.tuples(st.sampled_from([*parts, "stat", ""]), flags, folders).map(list)
+    return st.one_of(*told, st.lists(flags, max_size=2), strange)
 
 
 def near(value: Any) -> st.SearchStrategy[str]:

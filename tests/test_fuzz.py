@@ -10,13 +10,14 @@ import json
 import runpy
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from fuzzing import ABOUT, Grammar, as_bytes, bounded, cases, damaged, damaged_bytes, tell
+from fuzzing import ABOUT, Grammar, as_bytes, bounded, cases, commands, damaged, damaged_bytes, tell
 from hypothesis import given
 from hypothesis import strategies as st
 from planning import H200
@@ -37,6 +38,7 @@ from registry.display import notes, results
 from registry.experiments import blocks
 from registry.export import export
 from registry.manifest import Manifest, Planned
+from registry.mlflow_client import TrackingDown
 from registry.outcome import BadInput, Refused
 from registry.plan import Planner
 from registry.plugins import Catalog
@@ -79,8 +81,7 @@ def cwd(home: Path) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def grammar(composer: Composer) -> Grammar:
     plain = dataclasses.asdict(composer.cell(["model=llama-3.1-8b", "quant=nf4", "gpu=l4"]))
-    leaves = {key: value for key, value in _leaves(plain) if not key.startswith(("records", "cache.folder"))}
-    return Grammar({group: composer.options(group) for group in GROUPS}, leaves)
+    return Grammar({group: composer.options(group) for group in GROUPS}, dict(_leaves(plain)))
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -98,7 +99,9 @@ def few_cells(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured, and nothing is written where a call says that its records go."""
     monkeypatch.setattr(sweep, "run", lambda *_: pytest.fail("a sweep was begun"))
+    monkeypatch.setattr(sweep, "_hold", lambda _: None)
 
 
 def forget() -> None:
@@ -112,10 +115,11 @@ def forget() -> None:
 @given(data=st.data())
 @pytest.mark.usefixtures("few_cells", "no_worker")
 def test_any_command_line_is_planned_or_bad_input(grammar: Grammar, cwd: Path, data: st.DataObject) -> None:
-    arguments = [*data.draw(grammar.calls()), "dry_run=true"]
+    arguments = [*data.draw(grammar.calls()), *data.draw(st.sampled_from([["dry_run=true"], []]))]
     told = tell(lambda: sweep.prepare(arguments))
     assert list(cwd.iterdir()) == []
-    if isinstance(told.code, list):  # it tells about itself, and Hydra's main would answer
+    if isinstance(told.code, list):  # Hydra's main would measure, or tell about itself
+        assert set(told.code) <= {*arguments}
         return
     assert told.code in (0, 2)
     if told.code == 2:
@@ -138,6 +142,42 @@ def test_a_call_that_asks_about_rfloor_is_answered_or_bad_input(
     GlobalHydra.instance().clear()
     assert told.code in (0, 2, None), told
     assert list(cwd.iterdir()) == []
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the `rfloor` command does is done elsewhere: here it is asked for."""
+
+    def down(*_: object) -> None:
+        raise TrackingDown("nobody answers")
+
+    monkeypatch.setattr(cli, "Composer", lambda _: sweep._composer())  # each call's own reads all files anew
+    monkeypatch.setattr(cli, "import_records", lambda *_: (Counter(), []))
+    monkeypatch.setattr(cli, "write_checkpoint", lambda *_: None)
+    monkeypatch.setattr("registry.report.recorded.report", down)
+
+
+@cases(40, 3000)
+@given(data=st.data())
+@pytest.mark.usefixtures("few_cells", "no_work")
+def test_any_arguments_of_the_command_are_taken_or_told(
+    grammar: Grammar, healthy: Path, home: Path, cwd: Path, data: st.DataObject
+) -> None:
+    arguments = data.draw(commands(grammar, healthy, home / "written"))
+    told = tell(lambda: cli.main(arguments))
+    assert told.code in (0, 1, 2), told
+    if told.code:
+        assert "rfloor" in told.err
+    assert list(cwd.iterdir()) == []
+    shutil.rmtree(home / "written", ignore_errors=True)
+    forget()
+
+
+@pytest.mark.parametrize("command", [["status"], ["import"], ["export", "--study", "x"]])
+def test_a_folder_whose_name_is_too_long_is_bad_input(command: list[str], cwd: Path) -> None:
+    told = tell(lambda: cli.main([*command, "a" * 300]))
+    assert told.code == 2
+    assert "is no folder" in told.err
 
 
 def answered(arguments: list[str]) -> Any:
