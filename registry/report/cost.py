@@ -34,6 +34,8 @@ class Rung:
 
 Workload = tuple[str, int, int]
 """Model, context and batch."""
+WORKLOAD = ("model", "context", "batch_size", "gpu")
+"""Axes that have columns of their own."""
 
 
 def ladders(observations: Sequence[Observation], prices: Mapping[str, float]) -> dict[Workload, dict[str, Rung]]:
@@ -71,9 +73,8 @@ def cost(observations: Sequence[Observation], prices: Mapping[str, float]) -> li
         prices: Dollars an hour by GPU profile.
     """
     priced, best = _priced(observations, prices), ladders(observations, prices)
-    told = varying([rung.cell for ladder in best.values() for rung in ladder.values()]) if best else []
-    axes = [axis for axis in varying(priced) if axis in AXES or axis in told] if best else []
-    axes = [axis for axis in axes if axis not in ("model", "context", "batch_size", "gpu")]
+    told = varying([rung.cell for ladder in best.values() for rung in ladder.values()])
+    axes = [axis for axis in varying(priced) if (axis in AXES or axis in told) and axis not in WORKLOAD]
     headings = ["model", "context", "batch", "GPU", *axes, "$/h", "TPOT ms", "within", "across"]
     headings += ["$/Mtok", "times the cheapest"]
     rows = [row for workload, ladder in sorted(best.items()) for row in _rows(workload, ladder, axes)]
