@@ -268,6 +268,22 @@ def test_a_hang_while_something_is_built_or_stepped_is_ended_in_time(start: Star
     assert_nothing_left(sweep)
 
 
+def test_a_compiler_that_hangs_inside_torch_compile_is_ended_in_time(
+    start: Start, faulty: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler, called = tmp_path / "never-compiles", tmp_path / "called"
+    compiler.write_text(f"#!/bin/sh\ntouch {called}\nexec sleep 600 >/dev/null 2>&1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    timeout_s = 12 + round(4 * faulty.record("noisy")["wall_s"])
+    sweep = start("execution=compile", "model.layers=1", f"protocol.timeout_s={timeout_s}").end()
+    record = sweep.record("hf", "compile")
+    assert called.exists()
+    assert (record["outcome"], record["reason"]) == ("timeout", f"not done after {timeout_s} s")
+    assert sweep.code == 1
+    assert_nothing_left(sweep)
+
+
 def test_a_worker_that_does_not_end_once_it_has_answered_loses_no_measurement(start: Start) -> None:
     sweep = start("backend=lingers,lingers-and-raises", "protocol.timeout_s=100").end()
     for record in sweep.records():
