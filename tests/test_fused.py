@@ -331,6 +331,10 @@ def test_a_prompt_of_every_part() -> None:
         (["model=tiny"], "heads of 32; it takes 64, 128"),
         (["model.q_heads=6", "model.kv_heads=2"], "query heads a key head: 3; it takes 1, 4, 7, 8"),
         (["protocol.batch_size=5"], "streams: 5; it takes 1, 2, 3, 4"),
+        (
+            ["model=llama-3.1-8b", "model.rope_scaling={rope_type: dynamic, factor: 2.0}"],
+            "rotary positions of type dynamic; it takes default, linear, llama3, yarn",
+        ),
         (["attention=sdpa-math"], "pins another"),
         (["attention=flashinfer"], "does not host attention=flashinfer"),
         (["execution=compile"], "cannot be launched by execution=compile"),

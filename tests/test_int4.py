@@ -203,6 +203,12 @@ def test_a_head_of_other_bits_is_bad_input(plan: Plan) -> None:
         plan("quant=int4", "quant.options.head_bits=8")
 
 
+def test_a_head_that_makes_no_whole_tiles_is_refused_before_anything_loads(plan: Plan) -> None:
+    with pytest.raises(BadInput, match=r"LM head of .* has 32001: use quant\.options\.head_bits=16"):
+        plan("quant=int4-head4", "model.vocab=32001")
+    assert plan("quant=int4", "model.vocab=32001").config.model.vocab == 32001
+
+
 SHAPES = [(4608, 3584), (3584, 18944), (128, 896), (4096, 14336), (896, 4864)]
 
 

@@ -30,6 +30,8 @@ FAMILIES = ("llama", "mistral", "qwen2")
 HEAD_DIMS = (64, 128)
 GROUPS = (1, 4, 7, 8)
 MOST_STREAMS = 4
+ROTARY = ("default", "linear", "llama3", "yarn")
+"""Whose angles depend on the position alone, and not on how long the text has become."""
 EMBEDDING = "model.embed_tokens.weight"
 TOGETHER = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 """Layers of a block that read the same activations, and so are one product."""
@@ -57,11 +59,13 @@ class FusedBackend(Backend):
     _cache: Any = None
     _weights: Any = None
     _rotation: Any = ()
+    _hosts = True
 
     @classmethod
     def check(cls, request: Request) -> None:
         """See `Plugin.check`."""
         a = request.architecture
+        scaling = dict(a.rope_scaling or {})
         refused = [
             f"{what} {value}; it takes {', '.join(map(str, taken))}"
             for what, value, taken in (
@@ -69,6 +73,7 @@ class FusedBackend(Backend):
                 ("heads of", a.head_dim, HEAD_DIMS),
                 ("query heads a key head:", a.group_size, GROUPS),
                 ("streams:", request.batch_size, range(1, MOST_STREAMS + 1)),
+                ("rotary positions of type", scaling.get("rope_type", scaling.get("type", "default")), ROTARY),
             )
             if value not in taken
         ]
@@ -104,12 +109,14 @@ class FusedBackend(Backend):
             self._converted |= tie(self.model, embedding, setup.linear)
         decoder = self.model["model"]
         self._stacked: dict[str, Tensor] = {}
+        self._orders: dict[str, Tensor] = {}
         kinds = {type(module) for module in self._converted.values()}
         made: Callable[[int, Any], Any] = _hosted
         if kinds == {torch.nn.Linear}:
             made, self._converted = self._multiplied, {}
         elif kinds == {Int4Linear} and self.packs():
             made = self._packed
+        self._hosts = made is _hosted
         blocks = [made(index, block) for index, block in enumerate(decoder["layers"])]
         self._rotation = rotary(a, capacity, setup.device)
         shape = (2, a.layers, setup.batch_size, a.kv_heads, capacity, a.head_dim)
@@ -185,11 +192,13 @@ class FusedBackend(Backend):
         from backends.int4.stacked import Part, alone, gated, packed, turned
 
         a, path = self.setup.architecture, f"model.layers.{index}"
-        orders = {"self_attn": turned(a.q_heads + 2 * a.kv_heads, a.head_dim), "mlp": gated(a.ffn)}
+        if not self._orders:  # the blocks share them
+            orders = {"self_attn": turned(a.q_heads + 2 * a.kv_heads, a.head_dim), "mlp": gated(a.ffn)}
+            self._orders = {parent: order.to(self.setup.device) for parent, order in orders.items()}
         found = {}
         for parent, names in TOGETHER.items():
             layers = [block[parent][name] for name in names]
-            found[parent] = whole = packed(layers, orders[parent])
+            found[parent] = whole = packed(layers, self._orders[parent])
             start = 0
             for name, layer in zip(names, layers, strict=True):
                 block[parent][name] = self._converted[f"{path}.{parent}.{name}"] = Part(whole, start, layer)
@@ -202,10 +211,14 @@ class FusedBackend(Backend):
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """See `Backend.prefill`."""
+        import torch
+
         from backends.fused.tree import prefill
 
         (keys, values), (cos, sin) = self._cache, self._rotation
         logits = prefill(self.model, input_ids, keys, values, cos, sin, self.setup.architecture)
+        if self.setup.device == "cuda" and not self._hosts:
+            torch._C._cuda_clearCublasWorkspaces()  # 32 MiB that no step of ours uses, captured ones included
         self.seek(input_ids.shape[1])
         return logits
 
@@ -243,7 +256,7 @@ class FusedBackend(Backend):
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._converted, self._stacked = {}, {}
+        self._converted, self._stacked, self._orders = {}, {}, {}
         self.model = self.step = self._cache = self._weights = None
         self._rotation = ()
 

@@ -55,8 +55,7 @@ class Packed(Stored):
 
 
 def packed(layers: Sequence[Int4Linear], order: Tensor) -> Packed:
-    """Layers one below the other, in the order of `order`, int64 `[rows]`."""
-    order = order.to(layers[0].words.device)
+    """Layers one below the other, in the order of `order`, int64 `[rows]` where they lie."""
     codes = torch.cat([layout.unpack(layer.words) for layer in layers])[order]
     scales = torch.cat([layout.unpack_scales(layer.scales) for layer in layers])[order]
     biases = [layer.bias for layer in layers if layer.bias is not None]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from backends.int4.kernel.files import FILES
+from backends.int4.layout import ROWS
 from backends.quant import groupwise
 from backends.quant.layouts import GptqLayout, GroupwiseOptions, check_scales, in_order
 from registry.api import BadInput, LinearFormat, nearest, unsupported
@@ -55,6 +56,11 @@ class Int4(GptqLayout, LinearFormat):
         if self.options.head_bits not in HEADS:
             bits = self.options.head_bits
             raise BadInput(f"quant.options.head_bits={bits}: {nearest(str(bits), map(str, HEADS))}")
+        if self.options.head_bits == groupwise.BITS and architecture.vocab % ROWS:
+            raise BadInput(
+                f"int4's kernel takes output features in multiples of {ROWS}; the LM head of {architecture.name} has "
+                f"{architecture.vocab}: use quant.options.head_bits=16"
+            )
         super().fits(architecture)
 
     def adopt(self, config: Mapping[str, Any]) -> None:
