@@ -23,7 +23,7 @@ from registry.cache import kernel_environment
 from registry.environments import ROOT, interpreter
 from registry.log_limit import LogLimit
 from registry.outcome import Outcome
-from registry.worker import PARENT, STAGES_FD, Request, to_json
+from registry.worker import PARENT, STAGES_FD, UNWRITTEN, Request, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -233,10 +233,17 @@ def _died(returncode: int, log: Path, for_memory: bool) -> dict[str, Any]:
     if "Fatal Python error" in text:  # faulthandler's dump: its first frame says more than its last line
         frames = (line.strip() for line in text.rpartition("Fatal Python error")[2].splitlines())
         last = next((f"; it was in {frame}" for frame in frames if frame.startswith("File ")), last)
+    if returncode == UNWRITTEN:
+        return {
+            "outcome": Outcome.CRASH,
+            "reason": f"what the worker found could not be written{last}",
+            "remedy": f"Make room in {tempfile.gettempdir()}, or set TMPDIR to a folder that has it",
+        }
     if returncode >= 0:
         return {
             "outcome": Outcome.CRASH,
             "reason": f"the worker ended with code {returncode} and no answer{last}",
+            "remedy": f"See {log}",
         }
     name = signal.Signals(-returncode).name
     if name == "SIGKILL" and for_memory:

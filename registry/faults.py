@@ -10,7 +10,7 @@ import os
 from datetime import UTC, datetime, timedelta
 
 VARIABLE = "RFLOOR_FAULTS"
-RECORD_FULL, MLFLOW_FULL = "record.full", "mlflow.full"
+RECORD_FULL, MLFLOW_FULL, ANSWER_FULL = "record.full", "mlflow.full", "answer.full"
 CLOCK_BACK, CLOCK_FORWARD = "clock.back", "clock.forward"
 JUMP = timedelta(hours=1)
 

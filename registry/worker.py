@@ -4,7 +4,7 @@
 
 REQUEST is the JSON of a `Request`, which may hold secrets; the answer holds none. What begins is told, a line each,
 on the file descriptor that the environment names in RFLOOR_STAGES. Everything printed goes to the cell's log. The
-process never unpickles anything and ends with 0 whenever it wrote an answer.
+process never unpickles anything and ends with 0 whenever it wrote an answer, with `UNWRITTEN` if it could not.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry import faults
 from registry.failures import out_of_memory, telling_line
 from registry.hardware import contexts, load, physical_cores
 from registry.outcome import BadInput, Outcome, Refused
@@ -38,6 +39,7 @@ STAGES_FD = "RFLOOR_STAGES"
 PARENT = "RFLOOR_PARENT"
 """Environment variable: the PID of the process that waits for this one."""
 PR_SET_PDEATHSIG = 1  # prctl(2)
+UNWRITTEN = os.EX_IOERR
 
 
 @dataclass
@@ -292,7 +294,12 @@ def main(arguments: list[str]) -> int:
         content = {"outcome": Outcome.OK, **answer(request)}
     except BaseException as error:  # whatever it is, the parent gets an answer with its name
         content = failure(error)
-    write_json(answer_file, Redactor(known).plain(content))
+    try:
+        faults.disk(faults.ANSWER_FULL)
+        write_json(answer_file, Redactor(known).plain(content))
+    except OSError as error:
+        print(f"the answer cannot be written: {error}")
+        return UNWRITTEN
     return 0
 
 

@@ -70,6 +70,19 @@ def test_a_disk_full_at_the_record_stops_the_sweep_which_goes_on_once_there_is_r
     assert_nothing_left(again)
 
 
+def test_a_disk_full_at_the_worker_s_answer_is_told(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(faults.VARIABLE, faults.ANSWER_FULL)
+    sweep = start(*SMALL).end()
+    assert sweep.code == 1
+    [record] = sweep.records()
+    assert record["outcome"] == "crash"
+    assert record["reason"].startswith("what the worker found could not be written")
+    assert "[Errno 28] No space left on device" in record["reason"]
+    assert record["remedy"] == f"Make room in {sweep.folder}/tmp, or set TMPDIR to a folder that has it"
+    assert_logged(sweep, record)
+    assert_nothing_left(sweep)
+
+
 def own_runs(sweep: Sweep, sweep_id: str) -> list[Run]:
     return list(MlflowClient(database(sweep.home)).search_runs(["1"], f"tags.sweep_id = '{sweep_id}'"))
 

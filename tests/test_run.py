@@ -45,7 +45,7 @@ FAULTY = {
     ),
     "killed": ("crash", r"killed by SIGKILL .*memory", r"^See \S+\.log$"),
     "segfaults": ("crash", r"killed by SIGSEGV; it was in File .*rfloor_faults\.py.* in load$", r"^See \S+\.log$"),
-    "leaves": ("crash", r"ended with code 0 and no answer; its last words: (last words ?){20}", ""),
+    "leaves": ("crash", r"ended with code 0 and no answer; its last words: (last words ?){20}", r"^See \S+\.log$"),
     "needs": (
         "missing_dependency",
         r"^no-such-package-anywhere is not installed$",
@@ -66,7 +66,11 @@ FAULTY = {
     "limited": ("oom", "allocate", ""),
     "forks": ("ok", "^$", ""),
     "noisy": ("ok", "^$", ""),
-    "floods": ("crash", r"ended with code 3 and no answer; its last words: the last of many lines, \d\d? MiB$", ""),
+    "floods": (
+        "crash",
+        r"ended with code 3 and no answer; its last words: the last of many lines, \d\d? MiB$",
+        r"^See \S+\.log$",
+    ),
 }
 
 
