@@ -211,7 +211,8 @@ class LinearFormat(Quant):
                 which the result has to live, in the model's dtype. May be consumed.
 
         Returns:
-            A module that maps `[..., in_features]` to `[..., out_features]` in the same dtype.
+            A module that maps `[..., in_features]` to `[..., out_features]` in the same dtype. A body may overwrite
+            what it returns (`backend=fused` turns q in place), so it hands out no buffer that it keeps.
 
         Raises:
             Refused: The layer's shape does not fit the format.

@@ -305,15 +305,20 @@ def test_nothing_is_read_that_was_not_written(quant: str, body: Any, monkeypatch
 
 
 def test_a_stranger_s_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example plugin's layers, which know nothing of this body."""
+    """The example plugin's layers and its kernel, which know nothing of this body."""
     monkeypatch.syspath_prepend(Path(__file__).with_name("plugin_example"))
-    from rfloor_example.int8 import Int8Rowwise
+    from rfloor_example.int8 import MOST_ROWS, Int8Rowwise
+
+    class Interpreted(Int8Rowwise):
+        def takes(self, x: Any) -> bool:
+            return x.numel() <= MOST_ROWS * x.shape[-1]
 
     class Suite(TestFused):
         formats = ("int8-rowwise",)
+        steps = 1
 
         def linear(self, quant: str) -> Any:
-            return Int8Rowwise(Int8Rowwise.Options())
+            return Interpreted(Interpreted.Options())
 
     Suite().test_steps_equal_a_full_forward("static", "int8-rowwise", 2)
 

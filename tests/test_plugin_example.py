@@ -97,7 +97,8 @@ def clash(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 
 def test_example_is_small_and_imports_the_api_alone() -> None:
-    assert len((EXAMPLE / "rfloor_example" / "int8.py").read_text().splitlines()) < 40
+    for name in ("int8.py", "int8_gemv.py"):
+        assert len((EXAMPLE / "rfloor_example" / name).read_text().splitlines()) < 70
     for file in (EXAMPLE / "rfloor_example").glob("*.py"):
         nodes = list(ast.walk(ast.parse(file.read_text())))
         imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
