@@ -43,8 +43,12 @@ class Anywhere(FusedBackend):
         return table() if self.setup.device == "cuda" else Tiles(WIDE)
 
 
+STALE = 2**20 - 2**40
+"""A sum of squares that has no root, and a ticket behind any weight's last tile: what no step may start from."""
+
+
 class Poisoned(Anywhere):
-    """Its buffers and cache hold NaNs where nothing was written yet."""
+    """Its buffers and cache hold NaNs where nothing was written yet, and its counts are stale."""
 
     def load(self, capacity: int) -> None:
         import torch
@@ -54,6 +58,7 @@ class Poisoned(Anywhere):
         for name, held in vars(self.step).items():
             if isinstance(held, torch.Tensor) and held.is_floating_point() and name not in ("_keys", "_values"):
                 held.fill_(torch.nan)
+        self.step._counts.fill_(STALE)
 
 
 SMALL = replace(TINY, layers=1, hidden=192, q_heads=4, kv_heads=1, head_dim=64, ffn=192, vocab=320)
