@@ -203,13 +203,54 @@ def test_other_shapes(what: str) -> None:
     suite().test_steps_equal_a_full_forward("static", "none", 2)
 
 
+PACKED = TestFusedInt4.architecture
+OTHERS_PACKED = {
+    "a group of seven, an odd number of groups of columns": replace(PACKED, hidden=384, q_heads=14, kv_heads=2),
+    "two blocks, a group of one": replace(PACKED, layers=2, q_heads=2, kv_heads=2),
+    "a group of eight, no bias": replace(PACKED, model_type="mistral", q_heads=8, qkv_bias=False),
+    "wide heads, an inner layer of many groups": replace(PACKED, head_dim=128, ffn=128 * 19),
+}
+"""Of int4, whose columns come in groups of 128."""
+
+
+@pytest.mark.parametrize("what", OTHERS_PACKED)
+def test_other_shapes_of_int4(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("backends.int4.kernel.loader.extension", Int4Kernels)
+    kind = {"plugin": Packs, "formats": ("int4",), "architecture": OTHERS_PACKED[what]}
+    suite = type("Suite", (TestFused,), kind)
+    suite().test_steps_equal_a_full_forward("static", "int4", 2)
+
+
+@pytest.mark.parametrize("quant", ["gptq", "awq"])
+def test_gptqmodel_s_layers(quant: str) -> None:
+    """Layers that are neither torch's nor ours, with a bias of their own, which some kernels permute."""
+    kind = {"formats": (quant,), "architecture": replace(SMALL, hidden=128, ffn=256)}
+    suite = type("Suite", (TestFused,), kind)()
+    suite.test_steps_equal_a_full_forward("static", quant, 2)
+    suite.test_weight_bytes_are_the_tensors_held("static", quant, 2)
+
+
 class PoisonedInt4(Poisoned, Packs):
     """The same, with its int4 kernels."""
 
 
 @pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
-@pytest.mark.parametrize(("quant", "body"), [("none", Poisoned), ("nf4", Poisoned), ("int4", PoisonedInt4)])
-def test_nothing_is_read_that_was_not_written(quant: str, body: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("quant", "body", "streams"),
+    [
+        ("none", Poisoned, 1),
+        ("none", Poisoned, 3),
+        ("nf4", Poisoned, 1),
+        ("int4", PoisonedInt4, 1),
+        ("int4", PoisonedInt4, 3),
+    ],
+)
+def test_nothing_is_read_that_was_not_written(
+    quant: str, body: Any, streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Buffers, the unused rows of the cache and whatever is allocated hold NaNs before the first step."""
     import torch
 
@@ -220,7 +261,7 @@ def test_nothing_is_read_that_was_not_written(quant: str, body: Any, monkeypatch
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what torch.empty gives with NaNs
     try:
         assert torch.empty(8).isnan().all()
-        suite().test_steps_equal_a_full_forward("static", quant, 1)
+        suite().test_steps_equal_a_full_forward("static", quant, streams)
     finally:
         torch.use_deterministic_algorithms(False)
 
