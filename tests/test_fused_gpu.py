@@ -242,12 +242,35 @@ def test_a_step_gives_the_same_bits_each_time(composer: Composer, model: str, qu
             assert torch.equal(fused.decode_step(token), wanted), f"seed {seed}: step {number} differs"
 
 
-@pytest.mark.parametrize("quant", ["none", "int4", "nf4"])
-def test_decoding_holds_weights_and_cache_and_little_more(composer: Composer, quant: str) -> None:
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("quant", ["none", "int4-head4"])
+@pytest.mark.parametrize("model", [SMALL, LARGE])
+def test_decoding_holds_weights_and_cache_and_little_more(
+    composer: Composer, monkeypatch: pytest.MonkeyPatch, model: str, quant: str, batch: int
+) -> None:
+    """By the figure that a cell's record has, which counts whatever the process holds."""
+    cell = composer.cell(
+        [f"model={model}", "execution=cuda_graph", f"context={CONTEXT}", f"protocol.batch_size={batch}"]
+    )
+    monkeypatch.setattr("registry.measure.seen", lambda *_: {})  # a profiler stays in the process
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # those of other tests; a cell's own are counted
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    assert before < 2**20, f"other tests left {before} bytes, which a cell would not find"
+    with loaded(composer, model, quant, batch, CONTEXT, 0) as fused:
+        measured = measure(fused, cell.execution, cell.protocol, CONTEXT, lambda _: None)
+        weights = sum(storages(fused.weights().values()).values())
+        cache = fused.setup.architecture.kv_bytes_per_token() * (CONTEXT + STEPS) * batch
+    peak = measured["decode_peak_memory_bytes"]
+    assert peak <= MOST * (weights + cache), f"{peak} bytes; weights {weights}, cache {cache}"
+
+
+def test_decoding_holds_little_more_around_layers(composer: Composer) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    with loaded(FusedBackend, composer, "qwen2.5-7b", quant, 1, CONTEXT, 0) as fused:
+    with loaded(composer, LARGE, "nf4", 1, CONTEXT, 0) as fused:
         token = fused.prefill(prompt(fused.setup.architecture, 1, CONTEXT, 0)).argmax(-1)
         gc.collect()
         torch.cuda.empty_cache()
@@ -255,6 +278,6 @@ def test_decoding_holds_weights_and_cache_and_little_more(composer: Composer, qu
         for _ in range(8):
             token = fused.decode_step(token).argmax(-1)
         peak = torch.cuda.max_memory_allocated() - before
-        a = fused.setup.architecture
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in fused.weights().values()}
-        assert peak <= 1.03 * (sum(storages.values()) + a.kv_bytes_per_token() * (CONTEXT + STEPS))
+        weights = sum(storages(fused.weights().values()).values())
+        cache = fused.setup.architecture.kv_bytes_per_token() * (CONTEXT + STEPS)
+        assert peak <= MOST * (weights + cache)
