@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from int4_kernels import Int4Kernels
 from planning import CPU, H200, Plan, refused
 
 from backends.fused.body import FusedBackend
 from backends.fused.tiles import PRODUCTS, TABLE, Parts, Tile, Tiles, table
 from backends.hf import HfBackend
-from backends.int4 import layout
 from backends.int4.kernel.launches import Arguments, Launches
 from backends.quant.int4 import Int4
 from backends.tiles import Place, Table
@@ -43,8 +43,12 @@ class Anywhere(FusedBackend):
         return table() if self.setup.device == "cuda" else Tiles(WIDE)
 
 
+STALE = 2**20 - 2**40
+"""A sum of squares that has no root, and a ticket behind any weight's last tile: what no step may start from."""
+
+
 class Poisoned(Anywhere):
-    """Its buffers and cache hold NaNs where nothing was written yet."""
+    """Its buffers and cache hold NaNs where nothing was written yet, and its counts are stale."""
 
     def load(self, capacity: int) -> None:
         import torch
@@ -54,6 +58,7 @@ class Poisoned(Anywhere):
         for name, held in vars(self.step).items():
             if isinstance(held, torch.Tensor) and held.is_floating_point() and name not in ("_keys", "_values"):
                 held.fill_(torch.nan)
+        self.step._counts.fill_(STALE)
 
 
 SMALL = replace(TINY, layers=1, hidden=192, q_heads=4, kv_heads=1, head_dim=64, ffn=192, vocab=320)
@@ -73,90 +78,6 @@ class TestFusedAroundLayers(TestFused):
     """A format's layers between the kernels that do what is left."""
 
     formats = ("nf4",)
-
-
-UNIT = 2.0**24
-"""Sums of squares are counts of 1 / UNIT."""
-
-
-class Int4Kernels:
-    """What the compiled int4 kernels compute, in plain torch, on the tensors that they are given."""
-
-    @staticmethod
-    def product(x: Any, words: Any, scales: Any, bias: Any, *launch: int) -> Any:
-        out = x.float() @ layout.weight(words, scales).T
-        return (out if bias is None else out + bias.float()).to(x.dtype)
-
-    @classmethod
-    def residual(
-        cls, x: Any, words: Any, scales: Any, residual: Any, gain: Any, scaled: Any, squares: Any, *launch: int
-    ) -> None:
-        residual += cls.product(x.float(), words, scales, None)
-        scaled.copy_(residual * gain.float())
-        squares[: len(x)] += (residual.square().sum(1) * UNIT).round().long()
-
-    @classmethod
-    def normed(cls, x: Any, squares: Any, eps: float, words: Any, scales: Any, bias: Any) -> Any:
-        """`[streams, tiles, 2, 8]`: what meets in a tile."""
-        out = cls.product(x.float(), words, scales, None)
-        if squares is not None:
-            out *= (squares[: len(x), None] / (UNIT * x.shape[1]) + eps).rsqrt()
-        return (out if bias is None else out + bias.float()).unflatten(-1, (-1, 2, 8))
-
-    @staticmethod
-    def take(tickets: Any) -> None:
-        """As blocks take tiles: from 0 on in every step."""
-        assert int(tickets[0]) == 0
-        tickets[0] += 5
-
-    @classmethod
-    def swiglu(
-        cls, x: Any, squares: Any, eps: float, words: Any, scales: Any, out: Any, tickets: Any, *launch: int
-    ) -> None:
-        cls.take(tickets)
-        gate, up = cls.normed(x, squares, eps, words, scales, None).unbind(2)
-        out.copy_((gate * gate.sigmoid() * up).flatten(1))
-
-    @classmethod
-    def logits(
-        cls, x: Any, squares: Any, eps: float, words: Any, scales: Any, out: Any, tickets: Any, *launch: int
-    ) -> None:
-        cls.take(tickets)
-        out.copy_(cls.normed(x, squares, eps, words, scales, None).flatten(1))
-
-    @classmethod
-    def qkv(
-        cls,
-        x: Any,
-        squares: Any,
-        eps: float,
-        words: Any,
-        scales: Any,
-        bias: Any,
-        cos: Any,
-        sin: Any,
-        length: Any,
-        q: Any,
-        keys: Any,
-        values: Any,
-        *launch: int,
-    ) -> None:
-        row, half, kv = int(length), keys.shape[3] // 2, keys.shape[1]
-        found = cls.normed(x, squares, eps, words, scales, bias)
-        # [streams, heads, half] each
-        one, two = (found[:, :, member].flatten(1).unflatten(-1, (-1, half)) for member in (0, 1))
-        heads = one.shape[1] - kv
-        c, s = cos[row], sin[row]
-        turned = [(one * c - two * s)[:, :heads], (two * c + one * s)[:, :heads]]
-        q.copy_(torch_cat(turned)[:, : heads - kv].flatten(1))
-        keys[:, :, row] = torch_cat(turned)[:, heads - kv :].to(keys.dtype)
-        values[:, :, row] = torch_cat([one[:, heads:], two[:, heads:]]).to(values.dtype)
-
-
-def torch_cat(parts: list[Any]) -> Any:
-    import torch
-
-    return torch.cat(parts, -1)
 
 
 class Packs(Anywhere):
@@ -282,13 +203,54 @@ def test_other_shapes(what: str) -> None:
     suite().test_steps_equal_a_full_forward("static", "none", 2)
 
 
+PACKED = TestFusedInt4.architecture
+OTHERS_PACKED = {
+    "a group of seven, an odd number of groups of columns": replace(PACKED, hidden=384, q_heads=14, kv_heads=2),
+    "two blocks, a group of one": replace(PACKED, layers=2, q_heads=2, kv_heads=2),
+    "a group of eight, no bias": replace(PACKED, model_type="mistral", q_heads=8, qkv_bias=False),
+    "wide heads, an inner layer of many groups": replace(PACKED, head_dim=128, ffn=128 * 19),
+}
+"""Of int4, whose columns come in groups of 128."""
+
+
+@pytest.mark.parametrize("what", OTHERS_PACKED)
+def test_other_shapes_of_int4(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("backends.int4.kernel.loader.extension", Int4Kernels)
+    kind = {"plugin": Packs, "formats": ("int4",), "architecture": OTHERS_PACKED[what]}
+    suite = type("Suite", (TestFused,), kind)
+    suite().test_steps_equal_a_full_forward("static", "int4", 2)
+
+
+@pytest.mark.parametrize("quant", ["gptq", "awq"])
+def test_gptqmodel_s_layers(quant: str) -> None:
+    """Layers that are neither torch's nor ours, with a bias of their own, which some kernels permute."""
+    kind = {"formats": (quant,), "architecture": replace(SMALL, hidden=128, ffn=256)}
+    suite = type("Suite", (TestFused,), kind)()
+    suite.test_steps_equal_a_full_forward("static", quant, 2)
+    suite.test_weight_bytes_are_the_tensors_held("static", quant, 2)
+
+
 class PoisonedInt4(Poisoned, Packs):
     """The same, with its int4 kernels."""
 
 
 @pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
-@pytest.mark.parametrize(("quant", "body"), [("none", Poisoned), ("nf4", Poisoned), ("int4", PoisonedInt4)])
-def test_nothing_is_read_that_was_not_written(quant: str, body: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("quant", "body", "streams"),
+    [
+        ("none", Poisoned, 1),
+        ("none", Poisoned, 3),
+        ("nf4", Poisoned, 1),
+        ("int4", PoisonedInt4, 1),
+        ("int4", PoisonedInt4, 3),
+    ],
+)
+def test_nothing_is_read_that_was_not_written(
+    quant: str, body: Any, streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Buffers, the unused rows of the cache and whatever is allocated hold NaNs before the first step."""
     import torch
 
@@ -299,7 +261,7 @@ def test_nothing_is_read_that_was_not_written(quant: str, body: Any, monkeypatch
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what torch.empty gives with NaNs
     try:
         assert torch.empty(8).isnan().all()
-        suite().test_steps_equal_a_full_forward("static", quant, 1)
+        suite().test_steps_equal_a_full_forward("static", quant, streams)
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -1,11 +1,13 @@
 """Our int4: its layout held against PTX's own description of a tensor core tile, and the format's contract."""
 
 import inspect
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from int4_kernels import Int4Kernels
 from planning import H200, Plan, refused
 
 from backends.int4.kernel.launches import Launch, Launches
@@ -242,6 +244,113 @@ def test_the_kernel_multiplies(rows: int, columns: int, streams: int) -> None:
             for blocks in (1, 132, 4096):
                 out = extension().product(x, module.words, module.scales, module.bias, warps, blocks)
                 close(out, f"{warps} warps, {blocks} blocks")
+
+
+ENDINGS = ("product", "residual", "swiglu", "logits", "qkv")
+EPS = 1e-5
+ROUNDED, EXACT = 2e-3, 1e-3
+"""Of an output's norm: sums come in another order, and in bf16 the two sides of a middle are rounded apart."""
+
+
+def surroundings(ending: str, streams: int, groups: int, head_dim: int, device: str) -> dict[str, Any]:
+    """What an ending reads: a weight of nine tiles, or of heads; a cache of which one row is this token's."""
+    import torch
+
+    numbers = torch.Generator().manual_seed(streams * groups)
+
+    def normal(*shape: int, dtype: Any = torch.bfloat16) -> Any:
+        return torch.randn(shape, generator=numbers).to(device, dtype)
+
+    q, kv, capacity, columns = 3, 2, 5, 128 * groups
+    rows = (q + 2 * kv) * head_dim if ending == "qkv" else 9 * 16
+    layer = linear(rows, columns).to(device)
+    layer.weight.mul_(columns**-0.5)
+    packed: Any = Int4(Int4.Options()).convert(layer)
+    angles = normal(capacity, head_dim // 2, dtype=torch.float32)
+    means = torch.arange(2, streams + 3, device=device)  # one more than there are streams, as a step's buffers may be
+    return {
+        "x": normal(streams, columns),
+        "words": packed.words,
+        "scales": packed.scales,
+        "bias": packed.bias,
+        "squares": means * columns << 24,
+        "begun": means << 32,
+        "residual": normal(streams, rows, dtype=torch.float32),
+        "gain": normal(rows),
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "length": torch.tensor(2, dtype=torch.int32, device=device),
+        "queries": q * head_dim,
+        "cache": (kv, capacity, head_dim),
+    }
+
+
+def called(kernels: Any, ending: str, given: dict[str, Any], launch: tuple[int, int]) -> dict[str, Any]:
+    """What an ending leaves, by name: what it writes was poisoned beforehand, what it adds to was what is given."""
+    import torch
+
+    x, packed = given["x"], (given["words"], given["scales"])
+    behind = (x, given["squares"], EPS, *packed)
+    streams, rows = len(x), packed[0].shape[0] * 16
+
+    def poisoned(*shape: int, dtype: Any = torch.bfloat16) -> Any:
+        return torch.full((streams, *shape), torch.nan, dtype=dtype, device=x.device)
+
+    if ending == "product":
+        poisoned(rows)  # let go at once: what the output is allocated in
+        return {"out": kernels.product(x, *packed, given["bias"], *launch)}
+    if ending == "residual":
+        out = {"residual": given["residual"].clone(), "scaled": poisoned(rows), "squares": given["begun"].clone()}
+        kernels.residual(x, *packed, out["residual"], given["gain"], out["scaled"], out["squares"], *launch)
+        return out
+    if ending == "qkv":
+        cache = given["cache"]
+        out = {"q": poisoned(given["queries"]), "keys": poisoned(*cache), "values": poisoned(*cache)}
+        around = (given["bias"], given["cos"], given["sin"], given["length"])
+        kernels.qkv(*behind, *around, *out.values(), *launch)
+        return out
+    out = {"out": poisoned(rows // 2) if ending == "swiglu" else poisoned(rows, dtype=torch.float32)}
+    out["tickets"] = torch.zeros(2, dtype=torch.int64, device=x.device)
+    getattr(kernels, ending)(*behind, *out.values(), *launch)
+    return out
+
+
+def assert_alike(got: dict[str, Any], want: dict[str, Any], what: str) -> None:
+    import torch
+
+    for name, wanted in want.items():
+        found, written = got[name], ~wanted.isnan()
+        assert torch.equal(~found.isnan(), written), f"{what}: {name} is not written where it should be, or elsewhere"
+        off, norm = (float(tensor[written].double().norm()) for tensor in (found - wanted, wanted))
+        allowed = ROUNDED if wanted.dtype == torch.bfloat16 else EXACT
+        assert off <= allowed * norm, f"{what}: {name} is off by {off:.2g} of {norm:.2g}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 19])
+@pytest.mark.parametrize("streams", [1, 3, 8], ids="streams{}".format)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_ending_is_what_its_stand_in_computes(ending: str, streams: int, groups: int) -> None:
+    """Blocks so few that each has several tiles, and as many as there are tiles.
+
+    One group leaves all warps but one without; nineteen are more than most blocks' warps have under way.
+    """
+    import torch
+
+    from backends.int4.kernel.launches import WARPS
+    from backends.int4.kernel.loader import extension
+
+    with torch.inference_mode():
+        for head_dim in (64, 128) if ending == "qkv" else (64,):
+            given = surroundings(ending, streams, groups, head_dim, "cuda")
+            tiles = len(given["words"])
+            for around in (given, given | {"bias": None, "squares": None}):
+                want = called(Int4Kernels, ending, around, (0, 0))
+                for warps, blocks in itertools.product(WARPS, (1, 2, 3, 4096)):
+                    what = f"{warps} warps, {blocks} blocks, heads of {head_dim}"
+                    if "tickets" in want:  # one for each tile that is not a block's first
+                        want["tickets"] = torch.tensor([tiles - min(blocks, tiles), 0], device="cuda")
+                    assert_alike(called(extension(), ending, around, (warps, blocks)), want, what)
 
 
 @pytest.mark.gpu
