@@ -29,12 +29,16 @@ step at the position where the capture was made fell to 0.9989 (qwen2.5-7b, cont
 
 
 def eager_logits(execution: Execution) -> list[Tensor]:
-    """The logits of eager steps, each fed with the choice of the one before, float32 `[batch, vocab]`."""
+    """The logits of eager steps, each fed with the choice of the one before, float32 `[batch, vocab]`.
+
+    They lie on the host: what decoding holds of the device's memory is looked at meanwhile.
+    """
     execution.rewind()
     token, found = execution.token, []
     for _ in range(min(PROOF_STEPS, execution.room)):
-        found.append(execution.backend.decode_step(token).float())
-        token = found[-1].argmax(dim=-1)
+        logits = execution.backend.decode_step(token).float()
+        token = logits.argmax(dim=-1)
+        found.append(logits.cpu())
     execution.rewind()
     return found
 
@@ -60,15 +64,15 @@ def prove(
     execution.rewind()
     agreed, least = 0, 1.0
     for index, eager in enumerate(expected):
-        correlation = float(_correlation(launch().float(), eager).min())
+        correlation = float(_correlation(launch().float().cpu(), eager).min())
         if not correlation >= MIN_CORRELATION:  # a NaN is not at least anything
             raise Refused(
                 Outcome.INCORRECT,
                 f"{who}'s logits correlate by {correlation:.5f} with the eager step's on the same "
                 f"token, {index + 1} in; {MIN_CORRELATION} is the least",
             )
-        choice = eager.argmax(dim=-1)
-        differs = execution.token != choice
+        choice = eager.to(execution.token.device).argmax(dim=-1)  # of equal logits the one that eager's step took
+        differs = (execution.token != choice).cpu()
         top = eager.topk(2, dim=-1).values
         if bool((differs & (top[:, 0] - top[:, 1] > noise(eager))).any()):
             raise Refused(Outcome.INCORRECT, f"{who} chose another token than the eager step, {index + 1} in")
