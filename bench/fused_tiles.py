@@ -178,7 +178,7 @@ def questions(args: argparse.Namespace, backend: FusedBackend, known: Tiles, lau
     found = []
     for product, (rows, columns) in zip(PRODUCTS, shapes, strict=True):
         if args.quant == "int4" and (product != "head" or args.head_bits == 4):
-            found.append(Question(launched, Place(device, launches.PRODUCT, rows, columns), LAUNCHES))
+            found.append(Question(launched, Place(device, launches.PRODUCT, rows, columns, streams), LAUNCHES))
         else:
             cuts = list(bf16_tiles(product in ("qkv", "swiglu"), args.batch, columns))
             found.append(Question(known, Place(device, product, rows, columns, streams), cuts))

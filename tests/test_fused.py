@@ -179,7 +179,7 @@ class Called(Anywhere):
 class Anyhow(Launches):
     """What is launched where nothing is."""
 
-    def launch(self, device: str, tiles: int, groups: int) -> Arguments:
+    def launch(self, device: str, tiles: int, groups: int, streams: int) -> Arguments:
         return Arguments(0, 0)
 
 
