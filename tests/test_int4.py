@@ -203,6 +203,13 @@ def test_a_head_of_other_bits_is_bad_input(plan: Plan) -> None:
         plan("quant=int4", "quant.options.head_bits=8")
 
 
+def test_a_head_of_four_bits_needs_less_memory(plan: Plan) -> None:
+    """Of Qwen2.5-7B's 152064 x 3584 weights, 2 bytes each become 4.125 bits."""
+    need, less = (plan(f"quant={name}", "model=qwen2.5-7b").memory_need for name in ("int4", "int4-head4"))
+    assert need - less == pytest.approx(152064 * 3584 * (2 - 4.125 / 8))
+    assert plan("quant=none", "model=qwen2.5-7b").memory_need > need
+
+
 SHAPES = [(4608, 3584), (3584, 18944), (128, 896), (4096, 14336), (896, 4864)]
 
 
