@@ -181,6 +181,13 @@ def test_the_study_s_models_are_taken(plan: Plan, model: str, body: str) -> None
     assert cell.refusal is None or cell.refusal.outcome is Outcome.MISSING_DEPENDENCY
 
 
+def test_a_head_of_four_bits_needs_less_memory(plan: Plan) -> None:
+    """Of Qwen2.5-7B's 152064 x 3584 weights, 2 bytes each become 4.125 bits."""
+    need, less = (plan(f"quant={name}", "model=qwen2.5-7b").memory_need for name in ("int4", "int4-head4"))
+    assert need - less == pytest.approx(152064 * 3584 * (2 - 4.125 / 8))
+    assert plan("quant=none", "model=qwen2.5-7b").memory_need > need
+
+
 def test_another_kernel_is_another_measurement() -> None:
     """The files that the extension is made of are there to be hashed."""
     folder = Path(inspect.getfile(Int4)).parent
@@ -201,13 +208,6 @@ def test_groups_of_another_size_are_bad_input(plan: Plan) -> None:
 def test_a_head_of_other_bits_is_bad_input(plan: Plan) -> None:
     with pytest.raises(BadInput, match="head_bits=8"):
         plan("quant=int4", "quant.options.head_bits=8")
-
-
-def test_a_head_of_four_bits_needs_less_memory(plan: Plan) -> None:
-    """Of Qwen2.5-7B's 152064 x 3584 weights, 2 bytes each become 4.125 bits."""
-    need, less = (plan(f"quant={name}", "model=qwen2.5-7b").memory_need for name in ("int4", "int4-head4"))
-    assert need - less == pytest.approx(152064 * 3584 * (2 - 4.125 / 8))
-    assert plan("quant=none", "model=qwen2.5-7b").memory_need > need
 
 
 SHAPES = [(4608, 3584), (3584, 18944), (128, 896), (4096, 14336), (896, 4864)]
