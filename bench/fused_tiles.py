@@ -1,14 +1,11 @@
-"""Tune how backend=fused cuts its work for a model on this GPU, and tell where its step goes, kernel by kernel.
+"""Tune how backend=fused cuts its work for a model on this GPU.
 
-    python bench/fused_tiles.py tune [--model qwen2.5-7b] [--quant none|int4] [--context 2048] [--batch 1]
-    python bench/fused_tiles.py account [--model qwen2.5-7b] [--quant none|int4] [--context 2048] [--batch 1]
+    python bench/fused_tiles.py [--model qwen2.5-7b] [--quant none|int4] [--context 2048] [--batch 1]
 
-`tune` changes one product's cut at a time and keeps what makes the captured step shorter by more than half a percent
-twice, in the chain and not alone: what is best alone is not best behind another kernel. It starts with what
-`backends/fused/tiles.yaml` and `backends/int4/kernel/launches.yaml` have and writes what it found there. `account`
-replays the whole step with each kind of launch left out in turn, whole steps between: what the step is shorter by is
-what that kind takes in the chain, and its bytes over that time are its GB/s there. Leaving a launch out changes what
-is computed and not what the others read. Its last row is a step whose kernels do not come up early.
+Changes one product's cut at a time and keeps what makes the captured step shorter by more than half a percent twice,
+in the chain and not alone: what is best alone is not best behind another kernel. It starts with what
+`backends/fused/tiles.yaml` and `backends/int4/kernel/launches.yaml` have and writes what it found there.
+`bench/fused_account.py` tells where the step's time then goes.
 """
 
 from __future__ import annotations
@@ -16,16 +13,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import multiprocessing
 import os
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from replays import ROOM, captured, replayed_ms, zeros
 from triton.runtime.errors import OutOfResources
 
 from backends.attention.sdpa import Sdpa, SdpaOptions
@@ -38,20 +34,14 @@ from backends.quant.int4 import Int4, Int4Options
 from backends.quant.none import NoQuant
 from backends.tiles import Place, Table
 from registry.api import Architecture, NoOptions, Setup
-from registry.capture import capture
 from registry.compose import Composer
-from registry.measure import read_bandwidth
 from registry.outcome import Refused
 from registry.plugins import Catalog
 from registry.weights import RandomWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-ROOM = 35
-REPLAYS, REPEATS = 20, 3
-ROUNDS = 5
-"""Of `account`."""
 BETTER = 0.995
 """What a step has to come to, over the one before, for a cut to be kept."""
 KEPT = 6
@@ -66,16 +56,6 @@ PARTS = [
     if rows <= 16 * warps
 ]
 """Whose tiles fit into registers."""
-SERIAL = "each Triton kernel behind the one ahead"
-LEFT_OUT = {
-    "qkv": "_qkv",
-    "attention": "_attend",
-    "out": "_out",
-    "swiglu": "_swiglu",
-    "down": "_down",
-    "head": "_head",
-}
-"""Of the step's methods, by what `account` tells of; `_out` and `_down` are its `_residual`."""
 
 
 def bf16_tiles(paired: bool, streams: int, columns: int) -> Iterator[Tile]:
@@ -126,35 +106,6 @@ def loaded(args: argparse.Namespace, layers: int | None) -> FusedBackend:
     return backend
 
 
-def zeros(backend: FusedBackend) -> torch.Tensor:
-    """A token a stream."""
-    return torch.zeros(backend.setup.batch_size, dtype=torch.int64, device=backend.setup.device)
-
-
-def captured(backend: FusedBackend) -> Any:
-    token = zeros(backend)
-
-    def step() -> None:
-        backend.decode_step(token)
-
-    return capture("the step", step, step)
-
-
-def replayed_ms(backend: FusedBackend, graph: Any, context: int) -> float:
-    """Replays, back to back: the median of some means."""
-    times: list[float] = []
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    for _ in range(REPEATS):
-        backend.seek(context)
-        begin.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / REPLAYS)
-    return statistics.median(times)
-
-
 @dataclass
 class Question:
     """What a place may be given.
@@ -170,20 +121,22 @@ class Question:
     cuts: list[Any]
 
 
-def questions(args: argparse.Namespace, backend: FusedBackend, known: Tiles, launched: Launches) -> list[Question]:
-    device, a = torch.cuda.get_device_name(), backend.setup.architecture
+def questions(
+    args: argparse.Namespace, a: Architecture, device: str, known: Tiles, launched: Launches
+) -> list[Question]:
+    """Every place that a step of these arguments looks up, by the device's name."""
     streams = args.batch
     q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
     shapes = [(q + 2 * kv, a.hidden), (a.hidden, q), (2 * a.ffn, a.hidden), (a.hidden, a.ffn), (a.vocab, a.hidden)]
     found = []
     for product, (rows, columns) in zip(PRODUCTS, shapes, strict=True):
         if args.quant == "int4" and (product != "head" or args.head_bits == 4):
-            found.append(Question(launched, Place(device, launches.PRODUCT, rows, columns), LAUNCHES))
+            found.append(Question(launched, Place(device, launches.PRODUCT, rows, columns, streams), LAUNCHES))
         else:
-            cuts = list(bf16_tiles(product in ("qkv", "swiglu"), args.batch, columns))
+            cuts = list(bf16_tiles(product in ("qkv", "swiglu"), streams, columns))
             found.append(Question(known, Place(device, product, rows, columns, streams), cuts))
     rows = args.context + ROOM
-    found.append(Question(known, Place(device, "attention", rows, a.kv_heads * args.batch), PARTS))
+    found.append(Question(known, Place(device, "attention", rows, a.kv_heads * streams), PARTS))
     named = (*PRODUCTS, "attention")
     return [one for name, one in zip(named, found, strict=True) if name in args.only]
 
@@ -193,7 +146,8 @@ def compile_some(args: argparse.Namespace, share: int, shares: int) -> int:
     with torch.inference_mode():
         backend = loaded(args, 1)
         known, launched = tables()
-        asked = [one for one in questions(args, backend, known, launched) if isinstance(one.table, Tiles)]
+        places = questions(args, backend.setup.architecture, torch.cuda.get_device_name(), known, launched)
+        asked = [one for one in places if isinstance(one.table, Tiles)]
         token, made = zeros(backend), 0
         for number in range(share, max((len(one.cuts) for one in asked), default=0), shares):
             for one in asked:
@@ -211,7 +165,7 @@ def compile_some(args: argparse.Namespace, share: int, shares: int) -> int:
 def tune(args: argparse.Namespace) -> None:
     backend = loaded(args, args.layers)
     known, launched = tables()
-    asked = questions(args, backend, known, launched)
+    asked = questions(args, backend.setup.architecture, torch.cuda.get_device_name(), known, launched)
     start, shares = time.monotonic(), min(14, max(1, (os.cpu_count() or 1) - 2))
     with ProcessPoolExecutor(shares, multiprocessing.get_context("spawn")) as pool:
         made = pool.map(compile_some, [args] * shares, range(shares), [shares] * shares)
@@ -220,7 +174,7 @@ def tune(args: argparse.Namespace) -> None:
     def timed() -> float:
         backend.cut(known, launched)
         try:
-            return replayed_ms(backend, captured(backend), args.context)
+            return replayed_ms(captured(backend), lambda: backend.seek(args.context))
         except (OutOfResources, Refused) as error:  # too much shared memory, say: no candidate
             print(error)
             return float("inf")
@@ -251,68 +205,8 @@ def tune(args: argparse.Namespace) -> None:
     launched.write(launches.TABLE)
 
 
-def account(args: argparse.Namespace) -> None:
-    backend = loaded(args, None)
-    backend.cut(*tables())
-    a = backend.setup.architecture
-    q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
-    numbers = {
-        "qkv": a.layers * (q + 2 * kv) * a.hidden,
-        "attention": a.kv_bytes_per_token(1) * args.context * args.batch,
-        "out": a.layers * a.hidden * q,
-        "swiglu": a.layers * 2 * a.ffn * a.hidden,
-        "down": a.layers * a.hidden * a.ffn,
-        "head": a.vocab * a.hidden,
-    }
-    step: Any = backend.step
-    logits = step._head(step._scaled, step._squares[-1])
-    residual = step._residual
-    left_out: list[str] = []
-    step._residual = lambda product, *rest: None if f"_{product}" in left_out else residual(product, *rest)
-    kept: dict[str, Callable[..., Any]] = {
-        name: getattr(step, name) for name in ("_qkv", "_attend", "_swiglu", "_head")
-    }
-    plain, graphs = captured(backend), {}
-    for what, name in LEFT_OUT.items():
-        left_out[:] = [name]
-        if name in kept:
-            setattr(step, name, lambda *_: logits)
-        graphs[what] = captured(backend)
-        for name, method in kept.items():
-            setattr(step, name, method)
-    left_out.clear()
-    early, step._pdl = step._pdl, {"PDL": False}
-    graphs[SERIAL] = captured(backend)
-    step._pdl = early
-
-    def ms(graph: Any) -> float:
-        return replayed_ms(backend, graph, args.context)
-
-    ms(plain)
-    wholes: list[float] = [ms(plain)]
-    shorter: dict[str, list[float]] = {what: [] for what in graphs}
-    for _ in range(ROUNDS):
-        for what, graph in graphs.items():
-            less = ms(graph)
-            wholes.append(ms(plain))
-            shorter[what].append(statistics.mean(wholes[-2:]) - less)
-    whole = statistics.median(wholes)
-    rows = {"whole": {"ms": whole, "read_gbs": read_bandwidth("cuda")}}
-    for what in LEFT_OUT:
-        taken = statistics.median(shorter[what])
-        packed = args.quant == "int4" and what != "attention" and (what != "head" or args.head_bits == 4)
-        gb = numbers[what] * (0.5 + 2 / 128 if packed else 2) / 1e9
-        rows[what] = {"ms": taken, "gb": gb, "gbs": gb / taken * 1e3}
-    rows["rest"] = {"ms": whole - sum(row["ms"] for name, row in rows.items() if name != "whole")}
-    rows[SERIAL] = {"ms": whole - statistics.median(shorter[SERIAL])}
-    for name, row in rows.items():
-        print(name, {key: round(value, 4) for key, value in row.items()})
-    print(json.dumps(rows))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("tune", "account"))
     parser.add_argument("--model", default="qwen2.5-7b")
     parser.add_argument("--quant", choices=("none", "int4"), default="none")
     parser.add_argument("--head-bits", type=int, choices=(4, 16), default=4)
@@ -323,7 +217,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=(*PRODUCTS, "attention"), default=(*PRODUCTS, "attention"))
     args = parser.parse_args()
     with torch.inference_mode():
-        {"tune": tune, "account": account}[args.what](args)
+        tune(args)
 
 
 if __name__ == "__main__":

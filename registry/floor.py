@@ -89,12 +89,23 @@ def usd_per_mtok(step_ms: float, price_usd_per_hour: float, batch_size: int = 1)
     return step_ms / 1e3 * 1e6 / batch_size / 3600 * price_usd_per_hour
 
 
-def stored_weight_bytes(architecture: Architecture, weight_bits: float, element_bytes: int = 2) -> float:
+def stored_weight_bytes(
+    architecture: Architecture, weight_bits: float, element_bytes: int = 2, *, head: bool = False
+) -> float:
     """Weights as a runtime stores them: block matrices at `weight_bits`, everything else unquantised.
 
     An estimate for planning; what a step really streams is counted over the tensors that a backend holds.
+
+    Args:
+        architecture: The model.
+        weight_bits: Of a weight, its share of scales and zeros included.
+        element_bytes: Of an unquantised number.
+        head: Whether the LM head is stored as the block matrices are; a tied one then beside the embedding.
     """
     a = architecture
     q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
     matrices = a.layers * (a.hidden * (2 * q + 2 * kv) + 3 * a.hidden * a.ffn)
-    return matrices * weight_bits / 8 + (a.parameters - matrices) * element_bytes
+    stored = matrices * weight_bits / 8 + (a.parameters - matrices) * element_bytes
+    if head:
+        stored += a.vocab * a.hidden * (weight_bits / 8 - (0 if a.tied_embeddings else element_bytes))
+    return stored

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from packaging.requirements import Requirement as PackageRequirement
 
 from registry import floor
-from registry.api import AttentionKernel, Backend, LinearFormat, Request
+from registry.api import HEAD, AttentionKernel, Backend, LinearFormat, Request
 from registry.architecture import Architecture
 from registry.environments import interpreter, version
 from registry.hardware import Device, collect_versions, cpu_device
@@ -57,6 +57,7 @@ class Cell:
         cell_id: Its identity.
         environment: The virtual environment that measures it; empty is this one.
         tags: What its backend wants its runs to bear.
+        converts_head: Whether its format stores the LM head, too.
         refusal: Why it will not be measured; `None` if it can be.
     """
 
@@ -69,6 +70,7 @@ class Cell:
     cell_id: str = ""
     environment: str = ""
     tags: dict[str, str] = field(default_factory=dict)
+    converts_head: bool = False
     refusal: Refusal | None = None
 
     @property
@@ -111,7 +113,7 @@ class Cell:
         cache = floor.kv_bytes(self.architecture, self.capacity, c.protocol.batch_size)
         if self.kernel_alone:
             return cache / self.architecture.layers * CACHES
-        return floor.stored_weight_bytes(self.architecture, c.quant.weight_bits) + cache
+        return floor.stored_weight_bytes(self.architecture, c.quant.weight_bits, head=self.converts_head) + cache
 
     @property
     def label(self) -> str:
@@ -253,6 +255,8 @@ def _ask_beforehand(cell: Cell, chosen: dict[str, tuple[Any, Any]]) -> None:
             )
             chosen["quant"] = plugin, quant.options  # with those settings of the folder that are options
             config.quant.options = dataclasses.asdict(quant.options)
+            # An unquantised head has its bits either way, and is stored once.
+            cell.converts_head = isinstance(quant, LinearFormat) and HEAD not in quant.keeps
     if "backend" in chosen:
         plugin, options = chosen["backend"]
         with _blamed("backend", config.backend.plugin):

@@ -30,7 +30,18 @@ SIDES = ("below", "above")
 """Of its threshold on which a claim may be dead."""
 STUDY_FILES = ("cells", "pairs", "stack", "quant", "profile")
 """What an experiment's cells may be to the study, which names and fills their files differently (its appendix A)."""
-SECTIONS = ("attention", "batches", "cost", "matrix", "pairs", "profiles", "variants", "study", "steps")
+SECTIONS = (
+    "attention",
+    "bandwidth",
+    "batches",
+    "cost",
+    "matrix",
+    "pairs",
+    "profiles",
+    "variants",
+    "study",
+    "steps",
+)
 """What a report may be made of."""
 NAME = re.compile(r"\w[\w.-]*")
 MODEL_TYPES = ("qwen2", "llama", "mistral")

@@ -112,7 +112,7 @@ def answer(request: Request) -> dict[str, Any]:
     threads = protocol.threads or physical_cores()
     torch.set_num_threads(threads)
     with torch.inference_mode():
-        _build(request)
+        build(request)
         measured = _kernel(request) if protocol.measures == "attention" else _step(request)
         require(measured["kernels"], _wanted(request))
         stage("bandwidth")
@@ -130,7 +130,7 @@ def _step(request: Request) -> dict[str, Any]:
     from registry.measure import measure
 
     config, protocol = request.config, request.config.protocol
-    with _factory(request) as make:
+    with factory(request) as make:
         stage("check")
         fidelity = compare(make(LAYERS), protocol.seed).require()
         stage("load")
@@ -155,7 +155,7 @@ def _kernel(request: Request) -> dict[str, Any]:
     )
 
 
-def _build(request: Request) -> None:
+def build(request: Request) -> None:
     """Let the plugins compile what compiles at its first use.
 
     Raises:
@@ -197,7 +197,7 @@ def _wanted(request: Request) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def _factory(request: Request) -> Iterator[Callable[[int | None], Any]]:
+def factory(request: Request) -> Iterator[Callable[[int | None], Any]]:
     """A function that makes the cell's backend for its first n layers, or for all of them."""
     import torch
 

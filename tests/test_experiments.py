@@ -88,7 +88,7 @@ def test_what_a_report_may_be_made_of_is_what_there_is() -> None:
         ("stack", 27),
         ("quant", 15),
         ("profile", 2),
-        ("body", 15),
+        ("body", 16),
         ("floor", 26),
     ],
 )

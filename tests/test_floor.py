@@ -188,6 +188,14 @@ def test_sixteen_stored_bits_are_the_study_s_bytes(composer: Composer, model: st
     assert floor.stored_weight_bytes(a, 16) == floor.study_weight_bytes(a, 16)
 
 
+def test_a_head_is_stored_as_the_blocks_are_where_the_format_converts_it(composer: Composer) -> None:
+    """An untied head's 2 bytes a weight become 4.125 bits; a tied one's come to the embedding's."""
+    for model, bytes_less in (("qwen2.5-7b", 2 - 4.125 / 8), ("qwen2.5-0.5b", -4.125 / 8)):
+        a = load(composer, model)
+        less = floor.stored_weight_bytes(a, 4.125) - floor.stored_weight_bytes(a, 4.125, head=True)
+        assert less == pytest.approx(a.vocab * a.hidden * bytes_less)
+
+
 @pytest.mark.parametrize(("gpu", "step_ms", "stated"), [("h100", 11.78, 11.45), ("l4", 17.36, 1.45)])
 def test_dollars_per_million_tokens(composer: Composer, gpu: str, step_ms: float, stated: float) -> None:
     price = composer.cell([f"gpu={gpu}"]).gpu.price_usd_per_hour

@@ -16,7 +16,9 @@ from backends.quant.int4 import Int4
 from backends.tiles import Place, Table
 from registry.identity import source_digest
 from registry.outcome import Outcome
+from registry.synthesis import write_checkpoint
 from registry.testing import TINY, BackendContract
+from registry.weights import FolderWeights, RandomWeights
 
 # Triton's interpreter turns arrays of one element into numbers.
 pytestmark = [
@@ -100,7 +102,7 @@ class Called(Anywhere):
 class Anyhow(Launches):
     """What is launched where nothing is."""
 
-    def launch(self, device: str, tiles: int, groups: int) -> Arguments:
+    def launch(self, device: str, tiles: int, groups: int, streams: int) -> Arguments:
         return Arguments(0, 0)
 
 
@@ -142,6 +144,29 @@ class TestFusedInt4(TestFused):
 
     def where(self) -> tuple[Any, str]:
         return self.torch_dtype(), self.place()
+
+
+@pytest.mark.parametrize("body", [Packs, Called])
+def test_a_folder_s_layers_multiply_in_the_model_s_dtype(
+    body: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A format that reads folders never sees a filled layer, only what the tree says of it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("backends.int4.kernel.loader.extension", Int4Kernels)
+    shape, folder = TestFusedInt4.architecture, tmp_path / "folder"
+
+    class Suite(TestFused):
+        plugin, formats, architecture = body, ("int4",), shape
+
+        def setup(self, *given: Any) -> Any:
+            return replace(super().setup(*given), weights=FolderWeights(folder))
+
+    suite = Suite()
+    with torch.inference_mode():
+        write_checkpoint(folder, shape, RandomWeights(0), Int4(Int4.Options()), suite.place(), print)
+    suite.test_steps_equal_a_full_forward("static", "int4", 1)
 
 
 class TestFusedAroundInt4(TestFused):

@@ -10,7 +10,7 @@ import pytest
 from int4_kernels import Int4Kernels
 from planning import H200, Plan, refused
 
-from backends.int4.kernel.launches import Launch, Launches
+from backends.int4.kernel.launches import Launch, Launches, table
 from backends.quant import groupwise
 from backends.quant.gptq import Gptq
 from backends.quant.int4 import Int4
@@ -181,6 +181,13 @@ def test_a_folder_of_another_kind_is_bad_input(change: dict[str, Any]) -> None:
 def test_the_study_s_models_are_taken(plan: Plan, model: str, body: str) -> None:
     cell = plan("quant=int4", f"model={model}", f"backend={body}", "execution=cuda_graph", device=H200)
     assert cell.refusal is None or cell.refusal.outcome is Outcome.MISSING_DEPENDENCY
+
+
+def test_a_head_of_four_bits_needs_less_memory(plan: Plan) -> None:
+    """Of Qwen2.5-7B's 152064 x 3584 weights, 2 bytes each become 4.125 bits."""
+    need, less = (plan(f"quant={name}", "model=qwen2.5-7b").memory_need for name in ("int4", "int4-head4"))
+    assert need - less == pytest.approx(152064 * 3584 * (2 - 4.125 / 8))
+    assert plan("quant=none", "model=qwen2.5-7b").memory_need > need
 
 
 def test_another_kernel_is_another_measurement() -> None:
@@ -371,9 +378,25 @@ def test_a_launch_that_fails_leaves_nothing_behind() -> None:
 def test_a_launch_is_what_is_known_of_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backends.int4.kernel.launches._device", lambda _: ("a GPU", 132))
     known = Launches([])
-    assert known.launch("cuda:0", 288, 28) == (14, 264)
-    assert known.launch("cuda:0", 8, 7) == (7, 528)
-    assert known.launch("cuda:0", 8, 5) == (4, 924), "where no number of warps is nearly always full, the fewest"
-    known.set(Place("a GPU", "int4", 4608, 3584), Launch(7, 3))
-    assert known.launch("cuda:0", 288, 28) == (7, 396)
-    assert known.launch("cuda:0", 288, 56) == (14, 264)
+    assert known.launch("cuda:0", 288, 28, 1) == (14, 264)
+    assert known.launch("cuda:0", 8, 7, 1) == (7, 528)
+    assert known.launch("cuda:0", 8, 5, 1) == (4, 924), "where no number of warps is nearly always full, the fewest"
+    known.set(Place("a GPU", "int4", 4608, 3584, 1), Launch(7, 3))
+    assert known.launch("cuda:0", 288, 28, 1) == (7, 396)
+    assert known.launch("cuda:0", 288, 56, 1) == (14, 264)
+
+
+def test_streams_may_have_a_launch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.int4.kernel.launches._device", lambda _: ("a GPU", 132))
+    known = Launches([])
+    known.set(Place("a GPU", "int4", 4608, 3584, 1), Launch(7, 3))
+    assert known.launch("cuda:0", 288, 28, 4) == (7, 396), "nothing is known of four, so what is known of one holds"
+    known.set(Place("a GPU", "int4", 4608, 3584, 4), Launch(8, 1))
+    assert known.launch("cuda:0", 288, 28, 4) == (8, 132)
+    assert known.launch("cuda:0", 288, 28, 3) == (7, 396)
+    assert known.launch("cuda:0", 288, 28, 1) == (7, 396)
+
+
+def test_every_launch_that_is_known_says_of_how_many_streams() -> None:
+    """One tuned for more streams would otherwise take the place of one stream's."""
+    assert all(row["place"].get("streams") for row in table().known())

@@ -453,7 +453,9 @@ def test_a_page_shows_what_it_is_given_as_text(sessions: list[Observation]) -> N
     assert "\\|x | 1 |" in markdown(report)
 
 
-@pytest.mark.parametrize("name", ["matrix", "batch4", "quant", "stack", "attention", "profile", "cost"])
+@pytest.mark.parametrize(
+    "name", ["matrix", "batch4", "quant", "stack", "attention", "profile", "cost", "body", "floor"]
+)
 def test_every_experiment_reports_on_runs_of_any_outcome(
     composer: Composer, arm: Any, name: str, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from planning import H200
+from rich.console import Console
 from test_profile import ONE_PROFILE
 from test_report import run
 
@@ -18,6 +19,7 @@ from registry.plan import Cell, Planner
 from registry.plugins import Catalog
 from registry.profile import figures
 from registry.report.attention import attention
+from registry.report.bandwidth import bandwidth
 from registry.report.build import build
 from registry.report.document import Section
 from registry.report.observation import Observation, cells, pairs
@@ -25,6 +27,7 @@ from registry.report.page import html as page
 from registry.report.paired import judged
 from registry.report.prices import prices
 from registry.report.study import study
+from registry.report.terminal import tell_report
 from registry.schema import ExperimentConfig, GpuConfig
 
 GiB = 1 << 30
@@ -511,7 +514,9 @@ VARIANTS = (
 )
 
 
-@pytest.mark.parametrize("name", ["graphs_ab", "batch4", "matrix", "quant", "stack", "profile", "attention", "cost"])
+@pytest.mark.parametrize(
+    "name", ["graphs_ab", "batch4", "matrix", "quant", "stack", "profile", "attention", "cost", "floor"]
+)
 def test_no_two_rows_have_one_label(make: Make, named: Named, name: str) -> None:
     """Of cells that differ in every way in which cells can, no table has two rows that read the same at the left."""
     found: list[Observation] = []
@@ -703,6 +708,32 @@ def test_matrix_s_tables(make: Make, named: Named) -> None:
     assert rows(least) == [{"GPU": "h100", "cells": "3", **first, **again}]
     [figure] = cells_.figures() if cells_.figures else []
     assert figure.data[0].z == ([0.1, None], [0.5, 0.25])
+
+
+@pytest.mark.parametrize("name", ["floor", "body"])
+def test_bandwidth_is_of_what_a_step_streams(
+    make: Make, named: Named, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 GB in 10 ms; in sessions of 9, 10 and 14 the median. A cell without figures has no row here."""
+    found = [run(make(), place, tpot, session=place) for place, tpot in enumerate((9.0, 10.0, 14.0))]
+    for place, one in enumerate(found):
+        streamed = {"streamed_bytes": 12e9, "mbu": 0.3 + place / 10, "mbu_attainable": 0.5 + place / 10}
+        one.record.metrics |= streamed
+    found.append(run(make("quant=nf4"), 3, outcome=Outcome.OOM, metrics={}))
+    told = build(named(name), found)
+    section = titled(told.sections, "Bandwidth")
+    assert [[*row.values()] for row in rows(section)] == [
+        ["qwen2.5-7b", "10.000", "12.000", "0.400", "0.600", "0.500"]
+    ]
+    assert len(section.tables[0].rows[0].runs) == 3
+    assert "r_floor counts by the study's convention" in section.text[0]
+    [figure] = section.figures() if section.figures else []
+    assert [(trace.name, [*trace.x]) for trace in figure.data] == [("mbu att.", [0.6]), ("mbu", [0.4])]
+    monkeypatch.setattr("registry.report.terminal.console", lambda: Console(width=60))
+    tell_report(told, [])
+    shown = capsys.readouterr().out
+    assert re.search(r"TPOT ms +streamed GB +mbu +mbu att\. +r_floor", shown), "whatever the window's width"
+    assert bandwidth(found[3:]) == []
 
 
 def test_each_quantisation_s_cells_have_a_distribution_and_a_map_of_their_own(make: Make, named: Named) -> None:

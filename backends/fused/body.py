@@ -100,7 +100,7 @@ class FusedBackend(Backend):
 
         setup, a = self.setup, self.setup.architecture
         with torch.device("meta"):
-            self.model = tree(a)
+            self.model = tree(a).to(setup.dtype)  # which formats that read folders make layers for
         tied = (f"{HEAD}.weight",) if a.tied_embeddings else ()
         filled = {"device": setup.device, "dtype": setup.dtype, "tied": tied}
         self._converted = materialize(self.model, setup.weights, linear=setup.linear, **filled)

@@ -252,7 +252,7 @@ class Step:
     def _launch(self, weight: Stored) -> tuple[int, int]:
         shape = weight.words.shape[0], weight.words.shape[1]
         if shape not in self._launched:  # a table is asked once a shape, not once a launch
-            self._launched[shape] = self._launches.launch(self._place, *shape)
+            self._launched[shape] = self._launches.launch(self._place, *shape, self._streams)
         return self._launched[shape]
 
     def _cut(self, product: str, columns: int) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from backends.int4.kernel.loader import extension
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from backends.int4.kernel.launches import Arguments
+
 MOST_ROWS = 8
 """Rows of activations that the kernel takes at a time, if a processor's shared memory has room for them."""
 
@@ -37,7 +39,7 @@ class Int4Linear(torch.nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.dtype = dtype
-        self._launch = table().launch(str(words.device), *words.shape[:2]) if words.is_cuda else None
+        self._launches: dict[int, Arguments] = {}
 
     def weight(self) -> Tensor:
         """Dequantised, `[rows, columns]`."""
@@ -47,10 +49,19 @@ class Int4Linear(torch.nn.Module):
         """`[..., columns]` to `[..., rows]`."""
         columns = x.shape[-1]
         rows = x.numel() // columns
-        if self._launch and rows <= MOST_ROWS and x.dtype == torch.bfloat16:
+        if self.words.is_cuda and rows <= MOST_ROWS and x.dtype == torch.bfloat16:
             flat = x.reshape(rows, columns).contiguous()
             parts = torch.split(flat, max(1, SHARED_BYTES // (2 * columns)))
-            found = [extension().product(part, self.words, self.scales, self.bias, *self._launch) for part in parts]
+            found = [
+                extension().product(part, self.words, self.scales, self.bias, *self._launch(len(part)))
+                for part in parts
+            ]
             out = found[0] if len(found) == 1 else torch.cat(found)
             return out.view(*x.shape[:-1], -1)
         return torch.nn.functional.linear(x, self.weight(), self.bias)
+
+    def _launch(self, streams: int) -> Arguments:
+        if streams not in self._launches:  # a table is asked once a number of streams, not once a product
+            tiles, groups, *_ = self.words.shape
+            self._launches[streams] = table().launch(str(self.words.device), tiles, groups, streams)
+        return self._launches[streams]

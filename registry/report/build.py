@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from registry.registration import FIXED
 from registry.report.attention import attention
+from registry.report.bandwidth import bandwidth
 from registry.report.batches import batches
 from registry.report.cost import cost
 from registry.report.document import Report, markdown
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 SECTIONS: dict[str, Maker] = {
     "attention": lambda runs, *_: attention(runs),
+    "bandwidth": lambda runs, *_: bandwidth(runs),
     "batches": lambda runs, *_: batches(runs),
     "cost": lambda runs, _, __, prices: cost(runs, prices),
     "matrix": lambda runs, *_: matrix(runs),
@@ -46,7 +48,7 @@ SECTIONS: dict[str, Maker] = {
     "steps": lambda runs, *_: steps(runs),
 }
 """What an experiment's `report` may name."""
-OF_STEPS = ("batches", "matrix", "pairs", "variants", "profiles")
+OF_STEPS = ("bandwidth", "batches", "matrix", "pairs", "variants", "profiles")
 """Sections on decode steps alone, which have no use for an attention kernel's calls."""
 PAGE, MARKDOWN = "report.html", "report.md"
 

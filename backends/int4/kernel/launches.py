@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -52,10 +52,14 @@ class Arguments(NamedTuple):
 class Launches(Table):
     """The launches that are known."""
 
-    def launch(self, device: str, tiles: int, groups: int) -> Arguments:
-        """For a weight of so many tiles of rows and groups of columns, as the packed words have them."""
+    def launch(self, device: str, tiles: int, groups: int, streams: int) -> Arguments:
+        """For a weight of so many tiles of rows and groups of columns, as the packed words have them.
+
+        Where nothing is known of so many streams, what is known of one holds: the weight is most of what is read.
+        """
         name, processors = _device(device)
-        found = self.find(Place(name, PRODUCT, tiles * ROWS, groups * GROUP))
+        place = Place(name, PRODUCT, tiles * ROWS, groups * GROUP, streams)
+        found = self.find(place) or self.find(replace(place, streams=1))
         launch = Launch(**found) if found else fitting(groups)
         return Arguments(launch.warps, processors * launch.blocks)
 
