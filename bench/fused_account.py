@@ -102,6 +102,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--out", type=Path, help="where the answer goes as JSON")
     args = parser.parse_args()
+    if args.out and not args.out.parent.is_dir():
+        parser.error(f"--out: there is no folder {args.out.parent}")
     cell = planned(args)
     os.environ |= kernel_environment(cell.config.cache, cell.versions) | dict(os.environ)
     request = Request(cell.config, cell.device.kind, cell.targets)
