@@ -224,6 +224,33 @@ class KeepsTheOriginal(NoQuant):
         return linear
 
 
+class HandsOutItsBuffer(NoQuant):
+    def convert(self, linear):
+        import torch
+
+        linear.out = torch.empty(0)
+
+        def kept(layer, _, out):
+            if layer.out.shape != out.shape:
+                layer.out = torch.empty_like(out)
+            return layer.out.copy_(out)
+
+        linear.register_forward_hook(kept)
+        return linear
+
+
+class WritesIntoItsInput(NoQuant):
+    def convert(self, linear):
+        linear.register_forward_pre_hook(lambda _, given: given[0].mul_(1.5))
+        return linear
+
+
+class HandsOutItsBias(NoQuant):
+    def convert(self, linear):
+        linear.register_forward_hook(lambda layer, _, out: layer.bias.copy_(out[0]).expand_as(out))
+        return linear
+
+
 class DropsHalf(NoQuant):
     def convert(self, linear):
         linear.weight[:, ::2] = 0
@@ -276,6 +303,9 @@ class RefusesEveryLayer(NoQuant):
         (DropsBias, "test_output_is_the_product_with_its_own_weight", "not the product with the weight"),
         (DropsBias, "test_bias_is_exact", "does not give the bias"),
         (RenamesBias, "test_bias_is_exact", r"what bias\(\) tells"),
+        (HandsOutItsBuffer, "test_an_output_is_its_caller_s", "written into an earlier output"),
+        (WritesIntoItsInput, "test_an_output_is_its_caller_s", "changes its input"),
+        (HandsOutItsBias, "test_an_output_is_its_caller_s", "changes the next product"),
         (
             DropsHalf,
             "test_dequantize_gives_the_original_weight",

@@ -121,6 +121,22 @@ class LinearFormatContract(Contract):
         for layer in self.layers(bias=False):
             assert layer.maker.bias(layer.module) is None, f"{layer.what}: the module has a bias"
 
+    def test_an_output_is_its_caller_s(self) -> None:
+        """Whoever gets it may overwrite it, as `backend=fused` does: the layer keeps no part of it, nor the input."""
+        import torch
+
+        for layer in self.layers(bias=True):
+            x = self.inputs(layer, 1)
+            given_x = x.clone()
+            with torch.inference_mode():
+                out = layer.module(x)
+                kept = out.clone()
+                out.fill_(torch.nan)
+                again = layer.module(x)
+            assert torch.equal(x, given_x), f"{layer.what}: the product changes its input"
+            assert torch.equal(again, kept), f"{layer.what}: an output that is overwritten changes the next product"
+            assert bool(out.isnan().all()), f"{layer.what}: the next product is written into an earlier output"
+
     def test_dequantize_gives_the_original_weight(self) -> None:
         """Same shape and dtype, and close to it."""
         import torch
