@@ -223,7 +223,7 @@ def tell_status(found: Sequence[Status], in_full: bool) -> None:
     for one in found:
         told = str(one.planned) if one.planned is not None else "?"
         counts = (told, str(one.done), str(len(one.failed)), str(len(one.missing)))
-        table.add_row(one.sweep_id, one.started_at[:19].replace("T", " "), *counts, one.state)
+        table.add_row(escape(one.sweep_id), escape(one.started_at[:19].replace("T", " ")), *counts, one.state)
     out.print(table)
     lines = []
     for one in found if in_full else ():

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+import pytest
 from planning import Plan
 from rich.console import Console
 from rich.measure import Measurement
 from test_record import made_up_record
 
-from registry.display import PIPE_WIDTH, notes, results
+from registry.display import PIPE_WIDTH, notes, results, tell_status
 from registry.record import Record
+from registry.status import Status
 
 
 def shown(records: Sequence[Record]) -> list[tuple[list[str], list[str]]]:
@@ -59,3 +61,9 @@ def test_warnings_that_differ_in_their_numbers_are_one_line(plan: Plan) -> None:
         "#1-3 warning: throttled: SM clock 1650 to 1980 of 1980 MHz",
         "#1 warning: unsteady",
     ]
+
+
+def test_a_sweep_whose_name_looks_like_markup_is_told_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a damaged record may have it."""
+    tell_status([Status("[/]", "[red]2026", 1, 1)], in_full=True)
+    assert "[/]" in capsys.readouterr().out
