@@ -132,12 +132,13 @@ class ExLlamaV2Backend(Backend):
         """Tell ExLlamaV2 the rotary embedding: it reads what transformers 4 wrote of it, not what 5 writes."""
         a = self.setup.architecture
         scaling = dict(a.rope_scaling or {})
-        kind = scaling.get("rope_type", "default")
-        if kind not in ("default", "llama3"):
-            raise unsupported(f"rfloor tells ExLlamaV2 of plain and of llama3's rotary embeddings, not of {kind}")
+        if a.rope_type not in ("default", "llama3"):
+            raise unsupported(
+                f"rfloor tells ExLlamaV2 of plain and of llama3's rotary embeddings, not of {a.rope_type}"
+            )
         config.rotary_embedding_base = a.rope_theta
         config.scale_pos_emb, config.alt_rope_method = 1.0, None
-        if kind == "llama3":
+        if a.rope_type == "llama3":
             config.alt_rope_method = "llama3"
             config.l3_rope_factor = scaling["factor"]
             config.l3_rope_low_freq_factor = scaling["low_freq_factor"]

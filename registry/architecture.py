@@ -24,6 +24,12 @@ CONFIG_JSON_NAMES = {
 }
 
 
+def rotary(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Rotary parameters under today's names: in older folders `rope_type` is called `type`."""
+    named = {"rope_type" if name == "type" else name: value for name, value in (scaling or {}).items()}
+    return named or None
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One architecture, without weights.
@@ -40,7 +46,8 @@ class Architecture:
         vocab: Rows of the embedding.
         max_context: Largest position the model was made for, in tokens.
         rope_theta: Base of the rotary embedding.
-        rope_scaling: Further rotary parameters as transformers names them (`rope_type`, `factor`, ...).
+        rope_scaling: Further rotary parameters as transformers names them (`rope_type`, `factor`, ...); `type`, as
+            the first was called, becomes `rope_type`.
         rms_norm_eps: Epsilon of every RMSNorm.
         qkv_bias: Whether the q, k and v projections have a bias.
         tied_embeddings: Whether the LM head is the embedding.
@@ -62,11 +69,19 @@ class Architecture:
     tied_embeddings: bool
     rope_scaling: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rope_scaling", rotary(self.rope_scaling))
+
     @classmethod
     def of(cls, model: ModelConfig) -> Architecture:
         """The architecture behind a model's configuration."""
         numbers = asdict(model)
         return cls(**{f.name: numbers[f.name] for f in fields(cls)})
+
+    @property
+    def rope_type(self) -> str:
+        """Which rotary embedding it has, as transformers names it."""
+        return str((self.rope_scaling or {}).get("rope_type", "default"))
 
     @property
     def group_size(self) -> int:

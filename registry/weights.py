@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from registry import files
-from registry.architecture import CONFIG_JSON_NAMES
+from registry.architecture import CONFIG_JSON_NAMES, rotary
 from registry.checkpoint import INDEX, CheckpointFormat, model_tensors
 from registry.outcome import BadInput, Outcome, Refused
 
@@ -410,9 +410,9 @@ def _keeps_a_stale_index(folder: Path) -> bool:
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Base and scaling of the rotary embedding, as transformers 5 writes them or 4 did."""
     both = (config.get("rope_parameters"), config.get("rope_scaling"))
-    scaling = next((dict(given) for given in both if isinstance(given, dict)), {})
+    scaling = rotary(next((given for given in both if isinstance(given, dict)), None)) or {}
     theta = scaling.pop("rope_theta", None)
-    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+    if scaling.get("rope_type", "default") == "default":
         scaling = {}
     return {"rope_theta": config.get("rope_theta", theta), "rope_scaling": scaling or None}
 

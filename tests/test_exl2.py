@@ -178,7 +178,7 @@ def test_exllamav2_is_told_of_the_rotary_embedding(gptq: Path) -> None:
     assert (config.rotary_embedding_base, config.alt_rope_method) == (TINY.rope_theta, "llama3")
     assert (config.l3_rope_factor, config.l3_rope_original_max_position_embeddings) == (8.0, 8192)
     with pytest.raises(Refused, match="not of yarn"):
-        body(dataclasses.replace(TINY, rope_scaling={"rope_type": "yarn"}), gptq)._set_rotary(config)
+        body(dataclasses.replace(TINY, rope_scaling={"type": "yarn"}), gptq)._set_rotary(config)
 
 
 def test_a_build_that_was_killed_keeps_none_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

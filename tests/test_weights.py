@@ -137,9 +137,15 @@ def test_a_config_of_transformers_4_is_understood(folder: Path, small: Architect
     del config["rope_parameters"]
     config |= {"rope_theta": small.rope_theta, "rope_scaling": LLAMA3}
     (folder / "config.json").write_text(json.dumps(config))
-    check_weights(str(folder), dataclasses.replace(small, rope_scaling=LLAMA3))
+    scaled = dataclasses.replace(small, rope_scaling=LLAMA3)
+    check_weights(str(folder), scaled)
     with pytest.raises(BadInput, match="rope_scaling"):
         check_weights(str(folder), small)
+    older = {"type" if name == "rope_type" else name: value for name, value in LLAMA3.items()}
+    edit(folder / "config.json", rope_scaling=older)
+    check_weights(str(folder), scaled)
+    assert dataclasses.replace(small, rope_scaling=older) == scaled
+    assert (small.rope_type, scaled.rope_type) == ("default", "llama3")
 
 
 # Folders that are refused

@@ -65,7 +65,6 @@ class FusedBackend(Backend):
     def check(cls, request: Request) -> None:
         """See `Plugin.check`."""
         a = request.architecture
-        scaling = dict(a.rope_scaling or {})
         refused = [
             f"{what} {value}; it takes {', '.join(map(str, taken))}"
             for what, value, taken in (
@@ -73,7 +72,7 @@ class FusedBackend(Backend):
                 ("heads of", a.head_dim, HEAD_DIMS),
                 ("query heads a key head:", a.group_size, GROUPS),
                 ("streams:", request.batch_size, range(1, MOST_STREAMS + 1)),
-                ("rotary positions of type", scaling.get("rope_type", scaling.get("type", "default")), ROTARY),
+                ("rotary positions of type", a.rope_type, ROTARY),
             )
             if value not in taken
         ]
