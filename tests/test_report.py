@@ -401,6 +401,22 @@ def test_a_gpu_that_the_study_did_not_have(sessions: list[Observation], experime
     assert re.search(r"^\| h100 \| context=2048 \| speedup \| .* \| 1\.259 \|  \|  \|  \|", told, re.MULTILINE)
 
 
+def test_cards_of_one_name_are_counted(sessions: list[Observation], experiment: ExperimentConfig) -> None:
+    """Two of one kind are told as two; one, or one that says no more than its name, by the name alone."""
+
+    def told(*uuids: str) -> str:
+        found = []
+        for one, uuid in zip(sessions, uuids, strict=False):
+            device = one.record.environment.get("device", {}) | {"name": "NVIDIA H200", "uuid": uuid}
+            changed = dataclasses.replace(one.record, environment=one.record.environment | {"device": device})
+            found.append(Observation(changed, one.run_id))
+        return build(experiment, found).facts[0]
+
+    assert told("GPU-1", "GPU-2", "GPU-1", "GPU-2") == "device: NVIDIA H200 (2 cards)"
+    assert told("GPU-1", "GPU-1") == "device: NVIDIA H200"
+    assert told("", "GPU-1") == told("", "") == "device: NVIDIA H200"
+
+
 class Addresses(html.parser.HTMLParser):
     """Where a page would load something from."""
 
