@@ -714,7 +714,8 @@ def test_matrix_s_tables(make: Make, named: Named) -> None:
 def test_bandwidth_is_of_what_a_step_streams(
     make: Make, named: Named, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """12 GB in 10 ms; in sessions of 9, 10 and 14 the median. A cell without figures has no row here."""
+    """12 GB in 10 ms; in sessions of 9, 10 and 14 the median, sqrt(7) of 11 the spread across them. A cell without
+    figures has no row here."""
     found = [run(make(), place, tpot, session=place) for place, tpot in enumerate((9.0, 10.0, 14.0))]
     for place, one in enumerate(found):
         streamed = {"streamed_bytes": 12e9, "mbu": 0.3 + place / 10, "mbu_attainable": 0.5 + place / 10}
@@ -723,8 +724,9 @@ def test_bandwidth_is_of_what_a_step_streams(
     told = build(named(name), found)
     section = titled(told.sections, "Bandwidth")
     assert [[*row.values()] for row in rows(section)] == [
-        ["qwen2.5-7b", "10.000", "12.000", "0.400", "0.600", "0.500"]
+        ["qwen2.5-7b", "10.000", "10.00%", "24.05%", "12.000", "0.400", "0.600", "0.500"]
     ]
+    assert [*rows(section)[0]][1:4] == ["TPOT ms", "within", "across"]
     assert len(section.tables[0].rows[0].runs) == 3
     assert "r_floor counts by the study's convention" in section.text[0]
     [figure] = section.figures() if section.figures else []
