@@ -830,6 +830,7 @@ def test_profiles_table(make: Make, named: Named) -> None:
         "within": "10.00%",
         "across": "",
         "busy ms": "0.045",
+        "memcpy ms": "0.010",
         "launch gap ms": "0.005",
         "host ms": "0.035",
         "kernels": "2",
@@ -850,6 +851,16 @@ def test_profiles_table(make: Make, named: Named) -> None:
         ["Memcpy", "1", "0", "10.0", "22.2%"],
         ["Memset", "1", "0", "10.0", "22.2%"],
     ]
+
+
+def test_copies_are_told_of_an_older_record_too_and_none_is_0(make: Make, named: Named) -> None:
+    """Whose metrics do not have them: its profile has."""
+    plain = {key: value for key, value in ONE_PROFILE.items() if not key.startswith("memcpy")}
+    for profiled, told in ((ONE_PROFILE, "0.010"), (plain, "0.000"), ({"steps": 0}, "")):
+        one = run(make(), 0, 0.05)
+        one.record.measured = {"profile": profiled}
+        [row] = rows(titled(build(named("profile"), [one]).sections, "Where a step"))
+        assert row["memcpy ms"] == told
 
 
 def test_a_profile_s_kernels_are_counted_a_block_and_told_apart_by_their_full_names(make: Make, named: Named) -> None:
