@@ -863,6 +863,20 @@ def test_copies_are_told_of_an_older_record_too_and_none_is_0(make: Make, named:
         assert row["memcpy ms"] == told
 
 
+@pytest.mark.parametrize(
+    ("traced", "told"),
+    [
+        (True, "Its trace is kept, beside its record or among its run's artifacts as trace.json.gz."),
+        (False, "Its trace was not kept with these records."),
+    ],
+)
+def test_a_profile_s_trace_is_told_of_where_it_is_kept(make: Make, named: Named, traced: bool, told: str) -> None:
+    one = run(make(), 0, 0.05)
+    one.record.measured = {"profile": ONE_PROFILE}
+    found = [dataclasses.replace(one, traced=traced)]
+    assert titled(build(named("profile"), found).sections, "Kernels of").text[0].endswith(told)
+
+
 def test_a_profile_s_kernels_are_counted_a_block_and_told_apart_by_their_full_names(make: Make, named: Named) -> None:
     """Of 28 blocks: 84 launches are 3 a block, 57 are 2 and the final norm's; the head's one is none of a block's."""
     one = run(make(), 0, 0.1)

@@ -33,6 +33,9 @@ FIGURES = (
 TOLD = 24
 """Kernels of a cell that are named."""
 
+TRACED = "Its trace is kept, beside its record or among its run's artifacts as trace.json.gz."
+NOT_TRACED = "Its trace was not kept with these records."
+
 
 def profiles(observations: Sequence[Observation]) -> list[Section]:
     """Each profiled cell's parts, the doubts about them, and its kernels by time."""
@@ -98,15 +101,15 @@ def _kernels(one: Measured) -> Table:
 
 def _whole(one: Measured) -> list[str]:
     """The last session's profile in words."""
-    found = one.ok[-1].record.measured["profile"]
+    last = one.ok[-1]
+    found = last.record.measured["profile"]
     parts = [
         f"{name.removesuffix('_us').replace('_', ' ')} {found[name]:.1f} us"
         for name in ("wall_us", "head_us", "busy_us", "gap_us", "tail_us", "launch_us", "sync_us", "memcpy_us")
         if name in found
     ]
     return [
-        f"Of a profiled step: {', '.join(parts)}. Its trace is trace.json.gz beside its record, "
-        "and the run's if it lay there when the run was logged.",
+        f"Of a profiled step: {', '.join(parts)}. {TRACED if last.traced else NOT_TRACED}",
         "a block is how often each decoder block launches a kernel anew: its launches a step over the number of "
         "blocks, rounded.",
     ]
