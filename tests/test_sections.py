@@ -318,6 +318,37 @@ def test_the_study_s_dollars_are_beside_the_ladder_s_cheapest_cell_at_the_ladder
     )
 
 
+def test_a_lever_that_two_builds_measured_counts_by_the_one_with_more_sessions(make: Make, named: Named) -> None:
+    """At 0.01 $ a second 10 ms cost 100 $ a million tokens. The other build's 8 ms are one session's, or older."""
+
+    def told(*runs: tuple[str, int, float]) -> list[str]:
+        found = []
+        for place, (build_, session, tpot) in enumerate(runs):
+            one = run(make("execution=cuda_graph"), place, tpot, session=session)
+            found.append(elsewhere(one, place, build_ * 16))
+        found.append(run(make("execution=eager"), 20, 20.0))
+        section = titled(build(named("cost"), found, prices={"h100": 36.0}).sections, "$/Mtok")
+        return [row["$/Mtok"] for row in rows(section)]
+
+    most = [("a", 0, 10.0), ("a", 1, 10.0)]
+    assert told(("b", 0, 8.0), *most) == told(*most, ("b", 0, 8.0)) == ["100.00"]
+    assert told(("a", 0, 8.0), ("b", 0, 10.0)) == ["100.00"]
+    assert told(("a", 0, 10.0), ("b", 0, 8.0)) == ["80.00"]
+
+
+def test_another_value_makes_another_lever_and_a_key_that_a_record_lacks_does_not(make: Make, named: Named) -> None:
+    def told(options: dict[str, int]) -> str:
+        found = [run(make("execution=cuda_graph"), place, tpot) for place, tpot in ((0, 8.0), (1, 10.0))]
+        for place, one in enumerate(found):
+            one.record.cell_id = f"{place}" * 16
+            one.record.config["quant"] = one.record.config["quant"] | {"options": [{"size": 1}, options][place]}
+        [row] = rows(titled(build(named("cost"), found, prices={"h100": 36.0}).sections, "$/Mtok"))
+        return row["$/Mtok"]
+
+    assert told({"size": 2}) == "80.00"
+    assert told({"size": 1}) == told({}) == "100.00"
+
+
 def test_a_gpu_has_one_price_the_newest_record_s_or_the_one_that_is_given(make: Make, named: Named) -> None:
     """3.6 and 7.2 $/h: at 7.2 $/h a step of 10 ms costs 20 $ a million tokens, one of 20 ms costs 40 $."""
     found = [
