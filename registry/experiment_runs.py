@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from registry import record as records
 from registry import registration as registrations
 from registry.report.build import build, write
 from registry.report.observation import Observation
@@ -84,7 +85,13 @@ def _close(
     one: Opened, measured: Sequence[Record], run_ids: Mapping[str, str], call: Call
 ) -> tuple[Report, list[Path]]:
     own = [record for record in measured if record.experiment == one.registration.experiment.name]
-    observations = [Observation(record, run_ids.get(record.record_id, "")) for record in own]
+    folder = one.file.parent.parent  # of the records
+    observations = [
+        Observation(
+            record, run_ids.get(record.record_id, ""), traced=records.trace_path(record.file(folder)).exists()
+        )
+        for record in own
+    ]
     logged = one.logged
     known = {one.registration.record_id: logged} if logged else {}
     report = build(one.registration.experiment, observations, [one.registration], logged=known)

@@ -290,6 +290,7 @@ def figures(profile: Mapping[str, Any], step_ms: float) -> dict[str, float]:
     if "busy_us" in profile:
         told["gpu_busy_ms"] = profile["busy_us"] / 1e3
         told["launch_gap_ms"] = step_ms - told["gpu_busy_ms"]
+        told["memcpy_ms"] = profile.get("memcpy_us", 0.0) / 1e3  # not there where no step copied anything
     if "host_us" in profile:
         told["host_ms"] = profile["host_us"] / 1e3
     named = {"profiler_inflation": "inflation"} | {

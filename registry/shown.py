@@ -28,6 +28,8 @@ TAG_LIMIT = 8000
 NAME_LIMIT = 250
 RECORD = "cell.json"
 """The artifact of a cell's run that is its record."""
+TRACE = "trace.json.gz"
+"""The artifact that is the trace of its profiled steps, where there are some."""
 CONFIG = "config.yaml"
 """The artifact that is its configuration."""
 REGISTRATION = "registration.json"
@@ -112,4 +114,4 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def artifacts(file: Path) -> dict[str, Path]:
     """What a run keeps beside its figures, given where its record lies."""
-    return {RECORD: file, "worker.log": file.with_suffix(".log"), "trace.json.gz": records.trace_path(file)}
+    return {RECORD: file, "worker.log": file.with_suffix(".log"), TRACE: records.trace_path(file)}

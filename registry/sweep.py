@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import json
 import os
 import secrets
 import shlex
@@ -283,12 +284,22 @@ def preflight(args: argparse.Namespace, composer: Composer) -> Sweep:
     if problems:
         many = len(jobs) > 1
         raise BadInput("\n        ".join(f"{p} (in: {where})" if many else p for p, where in problems.items()))
+    jobs, cells = _once(jobs, cells)
     seed = secrets.randbits(32)
     check_count(len(cells) * cells[0].config.protocol.sessions, "this sweep")
     ordered = order(blocks(jobs, cells), cells[0].config.protocol.sessions, seed)
     found = [Job(jobs[cell], cells[cell], session, place) for place, (session, cell) in enumerate(ordered)]
     sweep = Sweep(cells, found, f"{faults.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", seed)
     return _taken_up(sweep) if cells[0].config.resume else sweep
+
+
+def _once(jobs: Sequence[list[str]], cells: Sequence[Cell]) -> tuple[list[list[str]], list[Cell]]:
+    """Without the cells that two products of an experiment share, however each of them writes the same."""
+    places: dict[object, int] = {}
+    for place, cell in enumerate(cells):
+        config = json.dumps(dataclasses.asdict(cell.config), sort_keys=True, default=str)
+        places.setdefault(config if cell.experiment else place, place)
+    return [jobs[place] for place in places.values()], [cells[place] for place in places.values()]
 
 
 def _taken_up(sweep: Sweep) -> Sweep:

@@ -403,6 +403,14 @@ class Tracker:
                     problems.append(f"run {run_id}, {name}: {error}")
         return found, problems
 
+    def has(self, run_id: str, name: str) -> bool:
+        """Whether a run has an artifact of this name.
+
+        Raises:
+            TrackingDown: See the class.
+        """
+        return name in {artifact.path for artifact in self._ask(self._client.list_artifacts, run_id)}
+
     def _artifact(self, run_id: str, name: str, folder: str) -> Path:
         """Bring a run's artifact here.
 
@@ -413,7 +421,7 @@ class Tracker:
         try:
             return Path(self._client.download_artifacts(run_id, name, folder))
         except Exception:  # of many kinds, and of the same for what is not there and for what cannot be had now
-            if name not in {artifact.path for artifact in self._ask(self._client.list_artifacts, run_id)}:
+            if not self.has(run_id, name):
                 raise records.BadRecord("the run has no such artifact") from None
         return Path(self._ask(self._client.download_artifacts, run_id, name, folder))
 

@@ -141,6 +141,19 @@ def test_cells_that_two_products_share_are_measured_once(composer: Composer) -> 
     assert len(found) == 8
 
 
+def test_cells_that_two_products_write_in_different_words_are_measured_once() -> None:
+    """attention times kernels alone and then steps; told to time kernels, eagerly, both are the same cells."""
+    from registry.sweep import _composer, _parse, preflight
+
+    given = ["experiment=attention", "protocol=attention", "model=tiny", "attention=sdpa,sdpa-math", "gpu=cpu"]
+    args = _parse(["-m", *given, "execution=eager", "context=64", "protocol.sessions=2"])
+    found = preflight(args, _composer())
+    assert [cell.config.attention.name for cell in found.cells] == ["sdpa", "sdpa-math"]
+    assert len(found.jobs) == len({job.what for job in found.jobs}) == 4
+    plain = preflight(_parse(["-m", "model=tiny", "gpu=cpu", "quant=none,none"]), _composer())
+    assert len(plain.cells) == 2, "a call that asks for a cell twice gets it twice"
+
+
 def test_several_experiments_in_one_call(composer: Composer) -> None:
     found = jobs(composer, "experiment=matrix,profile", "protocol.sessions=1")
     assert Counter(job[0] for job in found) == {"experiment=matrix": 12, "experiment=profile": 2}

@@ -333,6 +333,7 @@ def test_the_split_is_set_against_the_unprofiled_step() -> None:
     assert figures(ONE_PROFILE, 0.05) == pytest.approx(
         {
             "gpu_busy_ms": 0.045,
+            "memcpy_ms": 0.01,
             "launch_gap_ms": 0.005,
             "host_ms": 0.035,
             "profiled_step_ms": 0.1,
@@ -342,6 +343,12 @@ def test_the_split_is_set_against_the_unprofiled_step() -> None:
             "cpu_cuda_ratio": 1.65,
         }
     )
+
+
+def test_a_step_without_copies_copied_for_0_ms() -> None:
+    told = profile([i for i in ONE_STEP if i.kind != "memcpy"])
+    assert "memcpy_us" not in told
+    assert figures(told, 0.05)["memcpy_ms"] == 0
 
 
 def test_a_gap_below_0_is_kept() -> None:

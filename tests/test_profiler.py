@@ -221,6 +221,25 @@ def test_the_trace_lies_beside_the_record_and_is_none(sweep: Sweep) -> None:
     assert (counts, problems) == ({"present": 1}, [])
 
 
+def test_a_report_says_whether_the_trace_was_kept(start: Start, tmp_path: Path) -> None:
+    """At the end of a sweep, out of MLflow, and out of records that somebody kept without their traces."""
+    from registry import cli
+
+    one = start("experiment=profile", "execution=eager", "protocol.profiled_steps=2").end()
+    assert one.code == 0, one.stderr
+    [own] = one.folder.glob("records/experiments/*/report.md")
+    uri = f"tracking.uri={database(one.home)}"
+    assert cli.main(["report", "profile", f"out={tmp_path / 'kept'}", uri]) == 0
+    for told in (own, tmp_path / "kept" / "report.md"):
+        assert "Its trace is kept, beside its record" in told.read_text()
+    [trace] = one.folder.glob("records/*/*.trace.json.gz")
+    trace.unlink()
+    uri = f"tracking.uri={database(tmp_path)}"
+    assert cli.main(["import", str(one.folder / "records"), uri, f"tracking.artifacts={tmp_path}/a"]) == 0
+    assert cli.main(["report", "profile", f"out={tmp_path / 'bare'}", uri]) == 0
+    assert "Its trace was not kept with these records." in (tmp_path / "bare" / "report.md").read_text()
+
+
 # On CUDA
 
 

@@ -392,6 +392,7 @@ PROFILE = {
 def test_a_profile_adds_its_figures_and_changes_no_other(cell: Cell) -> None:
     added = {
         "gpu_busy_ms": 1.5,
+        "memcpy_ms": 0.0,
         "launch_gap_ms": 0.5,  # of the 2 ms of an unprofiled step
         "profiled_step_ms": 4.0,
         "host_ms": 3.5,

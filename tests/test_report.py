@@ -266,25 +266,70 @@ def test_there_is_no_verdict_before_the_last_session(
 ) -> None:
     told = verdicts(sessions[:5], experiment, fixed(experiment, sessions))
     assert told[0].startswith("no verdict yet: launch overhead")
-    assert "2 of 3 registered sessions" in told[0]
+    assert "both arms measured in 2 of 3 registered sessions: eager not run yet in session 2)" in told[0]
+    told = verdicts(sessions[::2], experiment, fixed(experiment, sessions))
+    assert "both arms measured in 0 of 3 registered sessions: " in told[0]
 
 
-def test_arms_that_failed_are_named(sessions: list[Observation], experiment: ExperimentConfig) -> None:
-    def failing(last: int) -> list[Observation]:
-        ended = {"outcome": Outcome.OOM, "metrics": {}, "step_times_ms": []}
-        graphed = [one for one in sessions if one.record.config["execution"]["name"] == "cuda_graph"][-last:]
-        return [
-            dataclasses.replace(one, record=dataclasses.replace(one.record, **ended)) if one in graphed else one
-            for one in sessions
-        ]
+def failing(found: Sequence[Observation], *lost: int) -> list[Observation]:
+    """The same runs; the graph's ran out of memory in these sessions."""
+    ended = {"outcome": Outcome.OOM, "metrics": {}, "step_times_ms": []}
+    return [
+        dataclasses.replace(one, record=dataclasses.replace(one.record, **ended))
+        if one.record.session in lost and one.record.config["execution"]["name"] == "cuda_graph"
+        else one
+        for one in found
+    ]
 
-    [line, _] = verdicts(failing(3), experiment, fixed(experiment, sessions))
-    assert line.startswith("no verdict: launch overhead")
-    assert "cuda_graph oom x3" in line
-    [line, _] = verdicts(failing(1), experiment, fixed(experiment, sessions))
-    assert line.startswith(("survives", "inconclusive"))
-    assert "at 2 sessions" in line
-    assert "of 3 registered sessions some have no figures: cuda_graph oom x1" in line
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        ((2,), "2 of 3 registered sessions: cuda_graph oom in session 2)"),
+        ((0, 2), "1 of 3 registered sessions: cuda_graph oom in sessions 0, 2)"),
+        ((0, 1, 2), "0 of 3 registered sessions: cuda_graph oom in sessions 0, 1, 2)"),
+    ],
+)
+def test_a_session_that_failed_leaves_a_claim_undecided(
+    sessions: list[Observation], experiment: ExperimentConfig, lost: tuple[int, ...], words: str
+) -> None:
+    """Whatever the others say: who leaves the failed ones out may leave out what would have decided."""
+    [line, _] = verdicts(failing(sessions, *lost), experiment, fixed(experiment, sessions))
+    assert line.startswith("inconclusive: launch overhead")
+    assert f"(h200, tiny, ctx 2048, batch 1; both arms measured in {words}" in line
+
+
+def test_a_session_that_failed_and_one_to_come_are_both_told(
+    sessions: list[Observation], experiment: ExperimentConfig
+) -> None:
+    [line, _] = verdicts(failing(sessions[:5], 1), experiment, fixed(experiment, sessions))
+    assert line.startswith("no verdict yet: launch overhead")
+    assert line.endswith("1 of 3 registered sessions: eager not run yet in session 2; cuda_graph oom in session 1)")
+
+
+def test_a_block_s_failure_leaves_other_blocks_decided(
+    sessions: list[Observation], experiment: ExperimentConfig, arm: Any
+) -> None:
+    claims = [dataclasses.replace(claim, where={"model.name": "tiny"}) for claim in experiment.claims]
+    everywhere = dataclasses.replace(experiment, claims=claims)
+    longer = {
+        name: arm(f"execution={name}", "execution.cache=static", "context=1024") for name in ("eager", "cuda_graph")
+    }
+    other = [
+        run(
+            longer[one.record.config["execution"]["name"]],
+            10 + place,
+            one.record.metrics["median_tpot_ms"],
+            session=one.record.session,
+            experiment="graphs_ab",
+        )
+        for place, one in enumerate(sessions)
+    ]
+    found = [*sessions, *failing(other, 0)]
+    told = verdicts(found, everywhere, fixed(everywhere, found))
+    assert [line.partition(":")[0] for line in told[:2]] == ["survives", "inconclusive"]
+    assert "ctx 2048, batch 1; mean speedup" in told[0]
+    assert "ctx 1024, batch 1; both arms measured in 2 of 3" in told[1]
 
 
 def test_student_s_interval_decides_where_the_bootstrap_s_would_have_it_otherwise(
@@ -354,6 +399,22 @@ def test_a_gpu_that_the_study_did_not_have(sessions: list[Observation], experime
     told = markdown(build(experiment, sessions))
     assert "The study did not have h200" in told
     assert re.search(r"^\| h100 \| context=2048 \| speedup \| .* \| 1\.259 \|  \|  \|  \|", told, re.MULTILINE)
+
+
+def test_cards_of_one_name_are_counted(sessions: list[Observation], experiment: ExperimentConfig) -> None:
+    """Two of one kind are told as two; one, or one that says no more than its name, by the name alone."""
+
+    def told(*uuids: str) -> str:
+        found = []
+        for one, uuid in zip(sessions, uuids, strict=False):
+            device = one.record.environment.get("device", {}) | {"name": "NVIDIA H200", "uuid": uuid}
+            changed = dataclasses.replace(one.record, environment=one.record.environment | {"device": device})
+            found.append(Observation(changed, one.run_id))
+        return build(experiment, found).facts[0]
+
+    assert told("GPU-1", "GPU-2", "GPU-1", "GPU-2") == "device: NVIDIA H200 (2 cards)"
+    assert told("GPU-1", "GPU-1") == "device: NVIDIA H200"
+    assert told("", "GPU-1") == told("", "") == "device: NVIDIA H200"
 
 
 class Addresses(html.parser.HTMLParser):

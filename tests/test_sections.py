@@ -318,6 +318,37 @@ def test_the_study_s_dollars_are_beside_the_ladder_s_cheapest_cell_at_the_ladder
     )
 
 
+def test_a_lever_that_two_builds_measured_counts_by_the_one_with_more_sessions(make: Make, named: Named) -> None:
+    """At 0.01 $ a second 10 ms cost 100 $ a million tokens. The other build's 8 ms are one session's, or older."""
+
+    def told(*runs: tuple[str, int, float]) -> list[str]:
+        found = []
+        for place, (build_, session, tpot) in enumerate(runs):
+            one = run(make("execution=cuda_graph"), place, tpot, session=session)
+            found.append(elsewhere(one, place, build_ * 16))
+        found.append(run(make("execution=eager"), 20, 20.0))
+        section = titled(build(named("cost"), found, prices={"h100": 36.0}).sections, "$/Mtok")
+        return [row["$/Mtok"] for row in rows(section)]
+
+    most = [("a", 0, 10.0), ("a", 1, 10.0)]
+    assert told(("b", 0, 8.0), *most) == told(*most, ("b", 0, 8.0)) == ["100.00"]
+    assert told(("a", 0, 8.0), ("b", 0, 10.0)) == ["100.00"]
+    assert told(("a", 0, 10.0), ("b", 0, 8.0)) == ["80.00"]
+
+
+def test_another_value_makes_another_lever_and_a_key_that_a_record_lacks_does_not(make: Make, named: Named) -> None:
+    def told(options: dict[str, int]) -> str:
+        found = [run(make("execution=cuda_graph"), place, tpot) for place, tpot in ((0, 8.0), (1, 10.0))]
+        for place, one in enumerate(found):
+            one.record.cell_id = f"{place}" * 16
+            one.record.config["quant"] = one.record.config["quant"] | {"options": [{"size": 1}, options][place]}
+        [row] = rows(titled(build(named("cost"), found, prices={"h100": 36.0}).sections, "$/Mtok"))
+        return row["$/Mtok"]
+
+    assert told({"size": 2}) == "80.00"
+    assert told({"size": 1}) == told({}) == "100.00"
+
+
 def test_a_gpu_has_one_price_the_newest_record_s_or_the_one_that_is_given(make: Make, named: Named) -> None:
     """3.6 and 7.2 $/h: at 7.2 $/h a step of 10 ms costs 20 $ a million tokens, one of 20 ms costs 40 $."""
     found = [
@@ -714,7 +745,8 @@ def test_matrix_s_tables(make: Make, named: Named) -> None:
 def test_bandwidth_is_of_what_a_step_streams(
     make: Make, named: Named, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """12 GB in 10 ms; in sessions of 9, 10 and 14 the median. A cell without figures has no row here."""
+    """12 GB in 10 ms; in sessions of 9, 10 and 14 the median, sqrt(7) of 11 the spread across them. A cell without
+    figures has no row here."""
     found = [run(make(), place, tpot, session=place) for place, tpot in enumerate((9.0, 10.0, 14.0))]
     for place, one in enumerate(found):
         streamed = {"streamed_bytes": 12e9, "mbu": 0.3 + place / 10, "mbu_attainable": 0.5 + place / 10}
@@ -723,8 +755,9 @@ def test_bandwidth_is_of_what_a_step_streams(
     told = build(named(name), found)
     section = titled(told.sections, "Bandwidth")
     assert [[*row.values()] for row in rows(section)] == [
-        ["qwen2.5-7b", "10.000", "12.000", "0.400", "0.600", "0.500"]
+        ["qwen2.5-7b", "10.000", "10.00%", "24.05%", "12.000", "0.400", "0.600", "0.500"]
     ]
+    assert [*rows(section)[0]][1:4] == ["TPOT ms", "within", "across"]
     assert len(section.tables[0].rows[0].runs) == 3
     assert "r_floor counts by the study's convention" in section.text[0]
     [figure] = section.figures() if section.figures else []
@@ -828,6 +861,7 @@ def test_profiles_table(make: Make, named: Named) -> None:
         "within": "10.00%",
         "across": "",
         "busy ms": "0.045",
+        "memcpy ms": "0.010",
         "launch gap ms": "0.005",
         "host ms": "0.035",
         "kernels": "2",
@@ -848,6 +882,30 @@ def test_profiles_table(make: Make, named: Named) -> None:
         ["Memcpy", "1", "0", "10.0", "22.2%"],
         ["Memset", "1", "0", "10.0", "22.2%"],
     ]
+
+
+def test_copies_are_told_of_an_older_record_too_and_none_is_0(make: Make, named: Named) -> None:
+    """Whose metrics do not have them: its profile has."""
+    plain = {key: value for key, value in ONE_PROFILE.items() if not key.startswith("memcpy")}
+    for profiled, told in ((ONE_PROFILE, "0.010"), (plain, "0.000"), ({"steps": 0}, "")):
+        one = run(make(), 0, 0.05)
+        one.record.measured = {"profile": profiled}
+        [row] = rows(titled(build(named("profile"), [one]).sections, "Where a step"))
+        assert row["memcpy ms"] == told
+
+
+@pytest.mark.parametrize(
+    ("traced", "told"),
+    [
+        (True, "Its trace is kept, beside its record or among its run's artifacts as trace.json.gz."),
+        (False, "Its trace was not kept with these records."),
+    ],
+)
+def test_a_profile_s_trace_is_told_of_where_it_is_kept(make: Make, named: Named, traced: bool, told: str) -> None:
+    one = run(make(), 0, 0.05)
+    one.record.measured = {"profile": ONE_PROFILE}
+    found = [dataclasses.replace(one, traced=traced)]
+    assert titled(build(named("profile"), found).sections, "Kernels of").text[0].endswith(told)
 
 
 def test_a_profile_s_kernels_are_counted_a_block_and_told_apart_by_their_full_names(make: Make, named: Named) -> None:

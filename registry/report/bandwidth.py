@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.floor import GB
 from registry.report.document import Row, Section, Table
-from registry.report.labels import label, named, number, varying
+from registry.report.labels import label, named, number, percent, varying
 from registry.report.observation import TPOT, cells
 from registry.report.pieces import bars
 
@@ -23,11 +23,14 @@ FIGURES = (
     ("mbu att.", "mbu_attainable", 1.0, 3),
     ("r_floor", "r_floor", 1.0, 3),
 )
-"""Heading, metric, what it is divided by, decimals. No column can be spared: they are what the section is for."""
+"""Heading, metric, what it is divided by, decimals. None of these can be spared: they are what the section is for."""
+SPREAD = ("within", "across")
+"""Behind the step's time; a narrow window goes without."""
 MEANING = (
     "r_floor counts by the study's convention: every parameter at the format's study_bits, an input embedding of "
     "which a step reads one row included, and no scales; mbu and mbu att. count what a step streams as it is stored, "
-    "the cache with it, over the spec sheet's bandwidth and over the read bandwidth that each process measured."
+    "the cache with it, over the spec sheet's bandwidth and over the read bandwidth that each process measured. "
+    "within and across are coefficients of variation of step times in a session and of the sessions' medians."
 )
 
 
@@ -37,14 +40,16 @@ def bandwidth(observations: Sequence[Observation]) -> list[Section]:
     if not found:
         return []
     axes = varying(found)
-    table = Table([*axes, *(heading for heading, *_ in FIGURES)], [_row(one, axes) for one in found], len(axes))
+    step, *others = (heading for heading, *_ in FIGURES)
+    table = Table([*axes, step, *SPREAD, *others], [_row(one, axes) for one in found], len(axes), SPREAD)
     return [Section("Bandwidth", [MEANING], [table], lambda: _drawn(found, axes), True)]
 
 
 def _row(one: Measured, axes: Sequence[str]) -> Row:
     values = [(one.median(metric), unit, digits) for _, metric, unit, digits in FIGURES]
-    figures = [number(None if value is None else value / unit, digits) for value, unit, digits in values]
-    return Row([*label(one, axes), *figures], one.ok)
+    step, *others = (number(None if value is None else value / unit, digits) for value, unit, digits in values)
+    spread = [percent(one.spread.within), percent(one.spread.across)]
+    return Row([*label(one, axes), step, *spread, *others], one.ok)
 
 
 def _drawn(found: Sequence[Measured], axes: Sequence[str]) -> list[Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from registry import floor
 from registry.display import AXES
 from registry.report.document import Row, Section, Table
-from registry.report.labels import label, number, percent, varying
+from registry.report.labels import label, number, percent, tiers, varying
 from registry.report.observation import TPOT, Measured, cells
 
 if TYPE_CHECKING:
@@ -39,14 +40,14 @@ WORKLOAD = ("model", "context", "batch_size", "gpu")
 
 
 def ladders(observations: Sequence[Observation], prices: Mapping[str, float]) -> dict[Workload, dict[str, Rung]]:
-    """For each model, context and batch the cheapest cell of each GPU that has a price.
+    """For each model, context and batch the cheapest lever of each GPU that has a price.
 
     Args:
         observations: Any runs; only measured steps count.
         prices: Dollars an hour by GPU profile.
     """
     found: dict[Workload, dict[str, Rung]] = {}
-    for one in _priced(observations, prices):
+    for one in _levers(_priced(observations, prices)):
         gpu, price = one.config["gpu"]["name"], dollars(one, prices)
         ladder = found.setdefault(_workload(one), {})
         if price is not None and (gpu not in ladder or price < ladder[gpu].dollars):
@@ -63,6 +64,33 @@ def dollars(one: Measured, prices: Mapping[str, float]) -> float | None:
 def _priced(observations: Sequence[Observation], prices: Mapping[str, float]) -> list[Measured]:
     steps = cells([one for one in observations if one.record.kind == "step"])
     return [one for one in steps if one.ok and one.config["gpu"]["name"] in prices]
+
+
+def _levers(found: Sequence[Measured]) -> list[Measured]:
+    """Of each lever the cell with the most sessions, of several such the latest.
+
+    Other code or other packages make another cell of the same lever. The cheapest of these would be the least of
+    several draws of one noise, and the lower the more often somebody measured.
+    """
+    levers: dict[str, list[list[Measured]]] = {}
+    for one in found:
+        alike = levers.setdefault(json.dumps([tiers(one)[0], one.device], sort_keys=True), [])
+        own = next((cells_ for cells_ in alike if all(_same_values(one, other) for other in cells_)), None)
+        if own is None:
+            alike.append([one])
+        else:
+            own.append(one)
+    return [max(own, key=_weight) for alike in levers.values() for own in alike]
+
+
+def _same_values(one: Measured, other: Measured) -> bool:
+    """Whether two configurations agree in all that both know; an older version lacks some keys."""
+    mine, theirs = tiers(one)[1], tiers(other)[1]
+    return all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
+
+
+def _weight(one: Measured) -> tuple[int, str]:
+    return len(one.ok), one.ok[-1].record.started_at
 
 
 def cost(observations: Sequence[Observation], prices: Mapping[str, float]) -> list[Section]:
@@ -82,9 +110,11 @@ def cost(observations: Sequence[Observation], prices: Mapping[str, float]) -> li
         {one.record.config["gpu"]["name"] for one in observations} - {one.config["gpu"]["name"] for one in priced}
     )
     text = [
-        "Price an hour x median step time / batch, over the cells on record; idle time, network and storage are left "
-        "out. A GPU's price is the one given, else that of its newest record, with its source there. within and "
-        "across are coefficients of variation of the steps in a session and of the sessions' medians.",
+        "Price an hour x median step time / batch, over the cells on record; idle time, network and storage are "
+        "left out. A lever that several versions of code or packages measured counts by the one with the most "
+        "sessions, of equals the latest. A GPU's price is the one given, else that of its newest record, with its "
+        "source there. within and across are coefficients of variation of the steps in a session and of the "
+        "sessions' medians.",
     ]
     if unpriced:
         text.append(

@@ -20,7 +20,7 @@ def facts(observations: Sequence[Observation]) -> list[str]:
         return ["no run"]
     environments = [record.environment for record in found]
     devices = [environment.get("device", {}) for environment in environments]
-    lines = [f"device: {_all(one.device for one in observations)}"]
+    lines = [f"device: {_all(_cards(observations))}"]
     if drivers := _all(device.get("driver", "") for device in devices):
         lines.append(f"driver: {drivers}")
     versions = [environment.get("versions", {}) for environment in environments]
@@ -34,6 +34,15 @@ def facts(observations: Sequence[Observation]) -> list[str]:
     chosen = [tiers(one)[0] for one in measured]
     same = [f"{axis}={value}" for axis, value in chosen[0].items() if all(each.get(axis) == value for each in chosen)]
     return [*lines, f"every cell: {' '.join(same)}"]
+
+
+def _cards(observations: Sequence[Observation]) -> list[str]:
+    """The devices' names, each with how many of them there were if that is more than one."""
+    cards: dict[str, set[str]] = {}
+    for one in observations:
+        uuid = str(one.record.environment.get("device", {}).get("uuid", ""))
+        cards.setdefault(one.device, set()).update({uuid} - {""})  # a processor has none
+    return [f"{name} ({len(uuids)} cards)" if name and len(uuids) > 1 else name for name, uuids in cards.items()]
 
 
 def _commit(git: Mapping[str, str]) -> str:

@@ -38,10 +38,12 @@ class Observation:
     Attributes:
         record: What it measured.
         run_id: MLflow's; empty where MLflow did not take it.
+        traced: Whether the trace of its profiled steps was kept.
     """
 
     record: Record
     run_id: str = ""
+    traced: bool = False
 
     @property
     def device(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from registry import profile
 from registry.kernels import apart
 from registry.report.document import Row, Section, Table
@@ -15,8 +17,10 @@ if TYPE_CHECKING:
 
     from registry.report.observation import Measured, Observation
 
+COPIES = "memcpy_ms"
 FIGURES = (
     ("busy ms", "gpu_busy_ms", 3),
+    ("memcpy ms", COPIES, 3),
     ("launch gap ms", "launch_gap_ms", 3),
     ("host ms", "host_ms", 3),
     ("kernels", "kernels_per_step", 0),
@@ -29,6 +33,9 @@ FIGURES = (
 TOLD = 24
 """Kernels of a cell that are named."""
 
+TRACED = "Its trace is kept, beside its record or among its run's artifacts as trace.json.gz."
+NOT_TRACED = "Its trace was not kept with these records."
+
 
 def profiles(observations: Sequence[Observation]) -> list[Section]:
     """Each profiled cell's parts, the doubts about them, and its kernels by time."""
@@ -38,10 +45,10 @@ def profiles(observations: Sequence[Observation]) -> list[Section]:
     axes = varying(found)
     text = [
         "TPOT is the unprofiled median, within and across the coefficients of variation of the unprofiled steps "
-        "in a session and of the sessions' medians. busy is the time in which the device ran something, launch "
-        "gap what of the unprofiled step it did not; host is from a profiled step's start to the return of its "
-        "last launch. bw_util is the study's: W + K over the spec sheet's bandwidth and the unprofiled step, and "
-        "over the profiled one.",
+        "in a session and of the sessions' medians. busy is the time in which the device ran something, memcpy that "
+        "of its copies, launch gap what of the unprofiled step it did not; host is from a profiled step's start to "
+        "the return of its last launch. bw_util is the study's: W + K over the spec sheet's bandwidth and the "
+        "unprofiled step, and over the profiled one.",
         *(f"{named(one, axes)}: {doubt}" for one in found for doubt in _doubts(one)),
     ]
     headings = [*axes, "TPOT ms", "within", "across", *(heading for heading, *_ in FIGURES)]
@@ -52,8 +59,17 @@ def profiles(observations: Sequence[Observation]) -> list[Section]:
 
 def _row(one: Measured, axes: Sequence[str]) -> Row:
     step = [number(one.median(TPOT), 3), percent(one.spread.within), percent(one.spread.across)]
-    figures = [number(one.median(metric), digits) for _, metric, digits in FIGURES]
+    figures = [
+        number(_copies(one) if metric == COPIES else one.median(metric), digits) for _, metric, digits in FIGURES
+    ]
     return Row([*label(one, axes), *step, *figures], one.observations)
+
+
+def _copies(one: Measured) -> float | None:
+    """Out of the profiles themselves: the metrics of older records lack it."""
+    told = [profile.figures(run.record.measured["profile"], run.record.metrics[TPOT]) for run in one.ok]
+    found = [figures[COPIES] for figures in told if COPIES in figures]
+    return float(np.median(found)) if found else None
 
 
 def _doubts(one: Measured) -> list[str]:
@@ -85,15 +101,15 @@ def _kernels(one: Measured) -> Table:
 
 def _whole(one: Measured) -> list[str]:
     """The last session's profile in words."""
-    found = one.ok[-1].record.measured["profile"]
+    last = one.ok[-1]
+    found = last.record.measured["profile"]
     parts = [
         f"{name.removesuffix('_us').replace('_', ' ')} {found[name]:.1f} us"
         for name in ("wall_us", "head_us", "busy_us", "gap_us", "tail_us", "launch_us", "sync_us", "memcpy_us")
         if name in found
     ]
     return [
-        f"Of a profiled step: {', '.join(parts)}. Its trace is trace.json.gz beside its record, "
-        "and the run's if it lay there when the run was logged.",
+        f"Of a profiled step: {', '.join(parts)}. {TRACED if last.traced else NOT_TRACED}",
         "a block is how often each decoder block launches a kernel anew: its launches a step over the number of "
         "blocks, rounded.",
     ]

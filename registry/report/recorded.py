@@ -10,7 +10,7 @@ from registry.complete import complete
 from registry.outcome import BadInput
 from registry.report.build import build, write
 from registry.report.observation import Observation
-from registry.shown import RECORD, REGISTRATION
+from registry.shown import RECORD, REGISTRATION, TRACE
 from registry.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def report(
     tracker = Tracker(config.tracking, reading=True)
     own = experiment.name if experiment.cells else ""  # a report without cells of its own tells of all runs
     measured, problems = tracker.recorded(RECORD, _complete, own, sweeps)
-    observations = [Observation(record, run_id) for run_id, record in measured]
+    observations = [Observation(record, run_id, _traced(tracker, run_id, record)) for run_id, record in measured]
     if not observations:
         told = f" of the sweeps {', '.join(sweeps)}" if sweeps else ""
         which = f" ({len(problems)} are no records: {problems[0]})" if problems else ""
@@ -72,6 +72,11 @@ def report(
     if not own:
         tracker.close_experiment(tracker.open_report(experiment), (), files)
     return found, files, [*problems, *unread]
+
+
+def _traced(tracker: Tracker, run_id: str, record: Record) -> bool:
+    """Whether MLflow has the trace of a record's profiled steps; it is asked of those alone that have some."""
+    return "profile" in record.measured and tracker.has(run_id, TRACE)
 
 
 def _complete(content: Any) -> Record:

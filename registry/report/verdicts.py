@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from registry.experiments import applies, matches
 from registry.outcome import Outcome
@@ -12,6 +12,8 @@ from registry.registration import INTERVAL
 from registry.report.labels import counted
 from registry.report.observation import pairs
 from registry.report.paired import judged
+from registry.schema import what_decides
+from registry.stats import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 NOT_REGISTERED = "no verdict: no registration of thresholds from before these runs was found"
 NOT_CLAIMED = "no verdict: no threshold was registered for this GPU and these cells"
+NO_VERDICT_YET = "no verdict yet"
+NOT_RUN = "not run yet"
 
 
 def verdicts(
@@ -92,32 +96,61 @@ def _registered(run: Observation, one: Registration) -> bool:
 
 
 def _verdict(claim: ClaimConfig, one: Registration, own: Sequence[Observation]) -> list[str]:
-    """A claim's verdict on each block that it speaks of; no verdict while registered sessions are to come."""
+    """A claim's verdict on each block that it speaks of; none while registered sessions are to come.
+
+    Sessions that failed are no chance loss: a step that runs out of memory, or a host that is too slow, is left out
+    where it is dearest. What the others say of the claim is therefore inconclusive, whatever their interval.
+    """
     meant = [
         run
         for run in own
         if applies(claim, run.record.config["gpu"]["peak_bandwidth_gbs"]) and matches(run.record.config, claim.where)
     ]
-    if not meant:
-        return []
-    group = one.experiment.arms or ""
-    arms = {
-        arm: [run for run in meant if run.record.config[group]["name"] == arm]
-        for arm in (one.experiment.baseline, one.experiment.candidate)
-    }
-    tried = min(len({run.record.session for run in runs}) for runs in arms.values())
-    if tried < one.sessions:
-        measured = f"{tried} of {counted(one.sessions, 'registered session')}"
-        return [f"no verdict yet: {claim.claim} (measured: {measured})"]
-    failed = Counter(
-        f"{arm} {run.record.outcome.value}"
-        for arm, runs in arms.items()
-        for run in runs
-        if run.record.outcome is not Outcome.OK
+    blocks: dict[str, list[Observation]] = {}
+    for run in meant:
+        blocks.setdefault(_block(run.record.config, one), []).append(run)
+    found = pairs(meant, one.experiment)
+    told = []
+    for block, runs in blocks.items():
+        if lost := _lost(runs, one):
+            told.append(_undecided(claim, one, runs[0].record.config, lost))
+        else:
+            whole = [pair for pair in found if _block(pair.config, one) == block]
+            told += [str(each) for each in judged(whole, one.experiment, claim)]
+    return told
+
+
+def _block(config: Mapping[str, Any], one: Registration) -> str:
+    """What the arms of a block have in common."""
+    shared = {key: value for key, value in what_decides(config).items() if key != one.experiment.arms}
+    return json.dumps(shared, sort_keys=True)
+
+
+def _lost(runs: Sequence[Observation], one: Registration) -> dict[str, set[int]]:
+    """The registered sessions in which an arm of a block has no figures, by what is the matter."""
+    lost: dict[str, set[int]] = {}
+    for arm in (one.experiment.baseline, one.experiment.candidate):
+        mine = [run.record for run in runs if run.record.config[one.experiment.arms or ""]["name"] == arm]
+        for cell in {record.cell_id: None for record in mine} or {"": None}:  # an arm may have several: two caches
+            for session in range(one.sessions):
+                met = {r.outcome.value for r in mine if (r.cell_id, r.session) == (cell, session)} or {NOT_RUN}
+                for what in sorted(met - {Outcome.OK.value}):
+                    lost.setdefault(f"{arm} {what}", set()).add(session)
+    return lost
+
+
+def _undecided(claim: ClaimConfig, one: Registration, config: Mapping[str, Any], lost: Mapping[str, set[int]]) -> str:
+    """Of how many sessions a block has both arms, which it lacks, and why."""
+    whole = one.sessions - len(set().union(*lost.values()))
+    missing = "; ".join(
+        f"{what} in session{'s' if len(sessions) > 1 else ''} {', '.join(map(str, sorted(sessions)))}"
+        for what, sessions in lost.items()
     )
-    why = ", ".join(f"{what} x{count}" for what, count in failed.items())
-    found = judged(pairs(meant, one.experiment), one.experiment, claim)
-    if not found:
-        return [f"no verdict: {claim.claim} (no session has both arms: {why})"]
-    lost = f"; of {counted(one.sessions, 'registered session')} some have no figures: {why}" if why else ""
-    return [f"{each}{lost}" for each in found]
+    to_come = any(what.endswith(NOT_RUN) for what in lost)
+    protocol = config["protocol"]
+    where = f"ctx {protocol['context']}, batch {protocol['batch_size']}"
+    return (
+        f"{NO_VERDICT_YET if to_come else Verdict.INCONCLUSIVE.value}: {claim.claim} ({config['gpu']['name']}, "
+        f"{config['model']['name']}, {where}; both arms measured in {whole} of "
+        f"{counted(one.sessions, 'registered session')}: {missing})"
+    )
