@@ -32,7 +32,8 @@ OLD, NEW = "20260701-101010-abcd", "20260702-101010-abcd"
 
 def kept(folder: Path, cell_id: str, sweep_id: str = OLD, index: int = 0, **changes: object) -> records.Record:
     """A record on disk; ok unless it is said otherwise."""
-    given = {"outcome": Outcome.OK, "reason": "", "remedy": "", "step_times_ms": [1.0]} | changes
+    given = {"outcome": Outcome.OK, "reason": "", "remedy": "", "step_times_ms": [1.0]}
+    given |= {"record_id": f"{cell_id}-{sweep_id}-{index}", **changes}
     record = made_up_record(cell_id=cell_id, sweep_id=sweep_id, index=index, **given)
     records.write(record, folder)
     return record
@@ -103,6 +104,42 @@ def test_a_cell_that_is_asked_for_twice_needs_two_records(tmp_path: Path) -> Non
     assert [*look([(A, 0, ""), (A, 0, "")], tmp_path, profiled=False).found] == [0]
     kept(tmp_path, A, index=1)
     assert [*look([(A, 0, ""), (A, 0, "")], tmp_path, profiled=False).found] == [0, 1]
+
+
+@pytest.mark.parametrize("places", [(0,), (1,), (0, 1)])
+def test_status_counts_records_of_one_identity_as_resume_does(tmp_path: Path, places: tuple[int, ...]) -> None:
+    """As `context=64,64` asks for, or `gpu=auto,cpu` where there is no GPU."""
+    begun(tmp_path, OLD, A, A)
+    for place in places:
+        kept(tmp_path, A, index=place)
+    assert [*look([(A, 0, "")] * 2, tmp_path, profiled=False).found] == [*places]
+    [one], _ = statuses_of(tmp_path)
+    left = [place for place in (0, 1) if place not in places]
+    assert (one.done, [job.index for job in one.missing], one.failed) == (len(places), left, [])
+    assert one.state == ("cut short" if left else "ended")
+
+
+def test_a_copy_of_a_record_answers_no_second_cell(tmp_path: Path) -> None:
+    begun(tmp_path, OLD, A, A)
+    kept(tmp_path, A)
+    file = records.path(tmp_path, A, OLD, 0)
+    file.with_name("copy.json").write_bytes(file.read_bytes())
+    file.with_name("other.json").write_text(file.read_text().replace('"index": 0', '"index": 1'))
+    assert len(look([(A, 0, "")] * 2, tmp_path, profiled=False).found) == 1
+    [one], _ = statuses_of(tmp_path)
+    assert (one.done, len(one.missing), one.failed) == (1, 1, [])
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_an_attempt_that_failed_takes_back_no_record(tmp_path: Path, planned: bool) -> None:
+    """As with one whose profile was asked for later."""
+    if planned:
+        begun(tmp_path, OLD, A)
+    kept(tmp_path, A)
+    kept(tmp_path, A, record_id="second", attempt=2, outcome=Outcome.CRASH, reason="broken", step_times_ms=[])
+    assert [*look([(A, 0, "")], tmp_path, profiled=False).found] == [0]
+    [one], _ = statuses_of(tmp_path)
+    assert (one.done, one.failed, one.missing, one.state) == (1, [], [], "ended")
 
 
 def test_a_record_without_the_profile_that_is_asked_for_is_not_enough(tmp_path: Path) -> None:
