@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 KIND = "sweep"
 FOLDER = "sweeps"
 SCHEMA_VERSION = 1
+LARGEST_INDEX = 2**31
+"""From which on no sweep has a place: a number that lies there is damage."""
 GLANCE_S = 1.0
 """Seconds for which somebody who only looks (`is_held`) may be in the way."""
 
@@ -85,6 +87,8 @@ def read(file: Path) -> Manifest:
         found = from_plain(Manifest, own)
         if found.sweep_id != file.stem:
             raise BadRecord(f"the manifest of the sweep {found.sweep_id!r}")
+        if any(not 0 <= job.index < LARGEST_INDEX for job in found.jobs):
+            raise BadRecord(f"a job's place is 0 or more, and less than {LARGEST_INDEX}")
         return found
     except (BadRecord, TypeError, ValueError) as error:
         raise BadRecord(f"{file}: {error}") from error

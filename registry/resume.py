@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
 from registry import record as records
@@ -108,5 +109,6 @@ def _places(jobs: Sequence[What], begun: Manifest | None) -> list[int]:
     known: dict[What, list[int]] = defaultdict(list)
     for job in begun.jobs:
         known[job.what].append(job.index)
-    new = iter(range(max((job.index for job in begun.jobs), default=-1) + 1, 2**31))
+    had = {job.index for job in begun.jobs}
+    new = (place for place in count(len(had)) if place not in had)  # also where a damaged one has a place beyond all
     return [known[what].pop(0) if known[what] else next(new) for what in jobs]

@@ -172,6 +172,8 @@ DAMAGED_MANIFESTS: dict[str, dict[str, Any]] = {
     "no jobs": {"jobs": None},
     "a text for a job": {"jobs": ["x"]},
     "a place that is none": {"jobs": [{"index": None, "cell_id": A, "session": 0, "experiment": "", "label": ""}]},
+    "a place below all": {"jobs": [{"index": -1, "cell_id": A, "session": 0, "experiment": "", "label": ""}]},
+    "a place beyond all": {"jobs": [{"index": 2**31, "cell_id": A, "session": 0, "experiment": "", "label": ""}]},
     "an identity that is none": {"jobs": [{"index": 0, "cell_id": [], "session": 0, "experiment": "", "label": ""}]},
 }
 
@@ -188,6 +190,13 @@ def test_a_manifest_of_the_wrong_types_is_none(
     assert look([(A, 0, "")], tmp_path, profiled=False).sweep_id == ""
     assert cli.main(["status", str(tmp_path)]) == 0
     assert OLD not in capsys.readouterr().out
+
+
+def test_what_is_new_to_a_sweep_with_a_place_beyond_all_has_a_place_too(tmp_path: Path) -> None:
+    begun(tmp_path, OLD, A)
+    file = manifests.path(tmp_path, OLD)
+    file.write_text(file.read_text().replace('"index": 0', f'"index": {2**31 - 1}'))
+    assert look([(A, 0, ""), (B, 0, "")], tmp_path, profiled=False).places == [2**31 - 1, 1]
 
 
 def test_a_manifest_without_jobs_goes_on_with_the_first_place(tmp_path: Path) -> None:
