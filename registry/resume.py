@@ -39,13 +39,14 @@ class Before:
     problems: list[str]
 
 
-def look(jobs: Sequence[What], folder: Path, profiled: bool) -> Before:
+def look(jobs: Sequence[What], folder: Path, profiled: bool, sweep_id: str = "") -> Before:
     """Find what is left of a sweep: of all of which there are traces, that which shares most cells with the call.
 
     Args:
         jobs: The cells of the call, in order.
         folder: Of the records.
         profiled: Whether steps are to be profiled: a record without a profile then is not what is asked for.
+        sweep_id: The sweep that goes on, where that is known already.
     """
     kept, problems = _records({cell_id for cell_id, *_ in jobs}, folder)
     plans = {one.sweep_id: one for one in manifests(folder)}
@@ -53,7 +54,9 @@ def look(jobs: Sequence[What], folder: Path, profiled: bool) -> Before:
     for record in kept:  # of a sweep without a manifest, as earlier versions left them, or of one with
         known.setdefault(record.sweep_id, set()).add(record.what)
     shared = {name: len(whats & set(jobs)) for name, whats in known.items()}
-    sweep_id = max((name for name in shared if shared[name]), key=lambda name: (shared[name], name), default="")
+    sweep_id = sweep_id or max(
+        (name for name in shared if shared[name]), key=lambda name: (shared[name], name), default=""
+    )
     places = _places(jobs, plans.get(sweep_id))
     ok = ok_by_what(record for record in kept if not profiled or "profile" in record.measured)
     return Before(sweep_id, places, answered([*zip(places, jobs, strict=True)], ok, sweep_id), problems)

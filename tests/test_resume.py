@@ -16,9 +16,10 @@ from mlflow.tracking import MlflowClient
 from sweeps import PATIENCE_S, Start, Sweep, assert_logged, assert_nothing_left, database, marked, wait_for
 from test_record import made_up_record
 
-from registry import cli
+from registry import cli, sweep
 from registry import manifest as manifests
 from registry import record as records
+from registry.compose import Composer
 from registry.manifest import Manifest, Planned
 from registry.outcome import Outcome
 from registry.resume import look
@@ -43,7 +44,7 @@ def begun(folder: Path, sweep_id: str, *cells: str, sessions: int = 1) -> None:
     """The manifest of a sweep of these cells."""
     jobs = [(session, cell) for session in range(sessions) for cell in cells]
     planned = [Planned(place, cell, session, "", cell) for place, (session, cell) in enumerate(jobs)]
-    held = manifests.hold(Manifest(sweep_id, "2026-07-01T10:10:10+00:00", planned), folder)
+    held = manifests.hold(folder, sweep_id, lambda: Manifest(sweep_id, "2026-07-01T10:10:10+00:00", planned))
     assert held
     held.close()
 
@@ -207,15 +208,38 @@ def test_a_manifest_without_jobs_goes_on_with_the_first_place(tmp_path: Path) ->
 
 def test_a_sweep_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     plan = Manifest(OLD, "2026-07-01T10:10:10+00:00", [Planned(0, A, 0, "", "a")])
-    held = manifests.hold(plan, tmp_path)
+    held = manifests.hold(tmp_path, OLD, lambda: plan)
     assert held
     assert manifests.is_held(tmp_path, OLD)
-    assert manifests.hold(plan, tmp_path) is None
+    assert manifests.hold(tmp_path, OLD, lambda: plan) is None
     held.close()
     assert not manifests.is_held(tmp_path, OLD)
     again = manifests.extended(tmp_path, OLD, [Planned(1, B, 0, "", "b")])
     assert [job.cell_id for job in again.jobs] == [A, B]
     assert again.started_at == plan.started_at
+
+
+def test_what_another_process_measured_until_the_sweep_is_held_is_not_measured_again(
+    tmp_path: Path, composer: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ["-m", "model=tiny", "gpu=cpu", "context=32,64,96", "resume=true", f"records={tmp_path}"]
+    first = sweep.preflight(sweep._parse(call), composer)
+    sweep._hold(first)
+    first.held.close()
+
+    def measured(place: int) -> None:
+        kept(tmp_path, first.jobs[place].cell.cell_id, first.sweep_id, place)
+
+    measured(0)
+    again = sweep.preflight(sweep._parse(call), composer)
+    assert (again.sweep_id, len(again.left)) == (first.sweep_id, 2)
+    joined = manifests._joined
+    monkeypatch.setattr(manifests, "_joined", lambda *args: (measured(1), joined(*args))[1])
+    sweep._hold(again)
+    with again.held:
+        assert [job.index for job in again.left] == [2]
+        assert "2 of 3 are measured" in again.resumed
+    assert [job.index for job in manifests.read(manifests.path(tmp_path, first.sweep_id)).jobs] == [0, 1, 2]
 
 
 # Records by their beginnings
