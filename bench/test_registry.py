@@ -112,7 +112,7 @@ def test_import_1000_records(benchmark: BenchmarkFixture, tmp_path: Path) -> Non
 
 def test_tell_the_status_of_10000_records(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
     fill(tmp_path, 10_000)
-    command = [sys.executable, "-m", "registry.cli", "status", str(tmp_path)]
+    command = [sys.executable, "-P", "-m", "registry.cli", "status", str(tmp_path)]
 
     def tell() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

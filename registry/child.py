@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO
 from registry import inotify, keeper, logs, private, traces
 from registry import record as records
 from registry.cache import kernel_environment
-from registry.environments import ROOT, interpreter
+from registry.environments import ROOT, import_path, interpreter
 from registry.log_limit import LogLimit
 from registry.outcome import Outcome
 from registry.worker import PARENT, STAGES_FD, UNWRITTEN, Request, to_json
@@ -149,6 +149,7 @@ def _environment(cell: Cell) -> dict[str, str]:
         | kernel_environment(cell.config.cache, cell.versions)
         | dict(os.environ)
         | FORCED_ENVIRONMENT
+        | import_path()
     )
     beside = str(Path(_interpreter(cell)).parent)  # where pip puts ninja, by which kernels are compiled
     found["PATH"] = os.pathsep.join(filter(None, [beside, found.get("PATH")]))

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import site
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ROOT = Path(__file__).parent.parent
 
@@ -11,6 +17,21 @@ ROOT = Path(__file__).parent.parent
 def interpreter(environment: str) -> Path:
     """The Python of an environment, whose folder is given from the checkout's root on."""
     return ROOT / environment / "bin" / "python"
+
+
+def import_path(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables by which a Python that is started imports this code, and nothing out of the folder that it starts in.
+
+    That folder would otherwise come first on the path of `python -m`, and a file of it that is called as a package
+    is, `torch.py`, would run in the package's place. An empty part of PYTHONPATH means that folder too.
+
+    Args:
+        environment: Whose PYTHONPATH stays, behind what this code lies in; where that is Python's own folder for what
+            is installed, it is on the path already, behind the standard library.
+    """
+    installed = str(ROOT) in (*site.getsitepackages(), site.getusersitepackages())
+    parts = [*([] if installed else [str(ROOT)]), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, parts))}
 
 
 def version(package: str, environment: str = "") -> str | None:

@@ -245,7 +245,8 @@ def _unseen_gpu() -> str:
     if nodes:
         return nodes[0]
     try:  # a process of its own: CUDA is to be initialised in the workers alone
-        told = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, timeout=60).stdout
+        command = [sys.executable, "-I", "-S", "-c", COUNT]  # which imports nothing out of the folder it starts in
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
     return "libcuda.so.1" if told.strip().isdecimal() and int(told) else ""

@@ -15,6 +15,7 @@ from zlib import crc32
 
 from registry import logs
 from registry.archive import everything_in
+from registry.environments import import_path
 from registry.locks import locked
 from registry.redact import known_secrets
 from registry.registration import Registration
@@ -133,7 +134,7 @@ def _helped(folder: Path, config: TrackingConfig) -> Iterator[subprocess.Popen[s
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=os.environ | {PARENT: str(os.getpid())},
+        env=os.environ | import_path() | {PARENT: str(os.getpid())},
     ) as helper:
         try:
             with contextlib.suppress(BrokenPipeError):  # it has ended, which its exit code says

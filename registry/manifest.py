@@ -16,11 +16,14 @@ from registry.record import BadRecord, What, read_json, write_json
 from registry.schema import from_plain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 KIND = "sweep"
 FOLDER = "sweeps"
 SCHEMA_VERSION = 1
+LARGEST_INDEX = 2**31
+"""From which on no sweep has a place: a number that lies there is damage."""
 GLANCE_S = 1.0
 """Seconds for which somebody who only looks (`is_held`) may be in the way."""
 
@@ -85,6 +88,8 @@ def read(file: Path) -> Manifest:
         found = from_plain(Manifest, own)
         if found.sweep_id != file.stem:
             raise BadRecord(f"the manifest of the sweep {found.sweep_id!r}")
+        if any(not 0 <= job.index < LARGEST_INDEX for job in found.jobs):
+            raise BadRecord(f"a job's place is 0 or more, and less than {LARGEST_INDEX}")
         return found
     except (BadRecord, TypeError, ValueError) as error:
         raise BadRecord(f"{file}: {error}") from error
@@ -111,16 +116,23 @@ def extended(folder: Path, sweep_id: str, jobs: list[Planned]) -> Manifest:
     return Manifest(sweep_id, begun.started_at, [known[index] for index in sorted(known)])
 
 
-def hold(manifest: Manifest, folder: Path) -> ExitStack | None:
+def hold(folder: Path, sweep_id: str, planned: Callable[[], Manifest]) -> ExitStack | None:
     """Write a manifest and hold it, until what is returned is closed; `None` while another process holds it.
 
     The file that was there is held too: whoever opened it before it was replaced must not think it free.
+
+    Args:
+        folder: Of the records.
+        sweep_id: Whose it is.
+        planned: What is to be written, asked for once the file that was there is held: what was known before that,
+            another process may have changed until it ended.
     """
-    file = path(folder, manifest.sweep_id)
+    file = path(folder, sweep_id)
     with ExitStack() as stack:
         if file.exists() and not _joined(stack, file):
             return None
-        write_json(file, {"schema_version": SCHEMA_VERSION, "kind": KIND, **dataclasses.asdict(manifest)})
+        content = dataclasses.asdict(planned())
+        write_json(file, {"schema_version": SCHEMA_VERSION, "kind": KIND, **content})
         return stack.pop_all() if _joined(stack, file) else None
 
 

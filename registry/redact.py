@@ -45,8 +45,9 @@ FIELD = re.compile(r"[A-Za-z][a-z0-9_]{0,23}")
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 ALWAYS = re.compile(r".*(?:password|passwd|passphrase|passcode|secret|credential|apikey)s?|authorization")
 """Words that make a name a secret's wherever they stand in it, also at the end of a longer one (`sslpassword`)."""
-ENDING = re.compile(r"(.*?)(key|token|pass|pwd|auth)(s?)")
-"""Last words of names that may be a secret's, which what stands before them decides, as part of the word or not."""
+ENDING = re.compile(r"(.*?)(key|token|pass|pwd|auth)(s?)|()(pat|pw|jwt|cookie)(s?)")
+"""Last words of names that may be a secret's, which what stands before them decides, as part of the word or not; of
+the shorter ones, with which other words end, only as a word of its own."""
 OWNERS = {
     *("api", "access", "account", "auth", "hf", "hub", "huggingface", "kaggle", "wandb", "openai", "anthropic"),
     *("cohere", "azure", "aws", "google", "ngc", "nvidia", "github", "gitlab", "stripe", "datadog"),
@@ -59,8 +60,13 @@ BEFORE = {
     "pass": USERS,
     "pwd": USERS,
     "auth": USERS,
+    "pat": OWNERS | {"devops", "ext", "git", "gh"},
+    "pw": USERS,
+    "jwt": OWNERS | USERS,
+    "cookie": {"session", "auth", "login", "csrf", "access"},
 }
 """What makes such a name a secret's however it is written; in capitals, as a variable's, almost anything does."""
+SWITCHES = {"require", "no", "use", "with", "without", "enable", "disable", "skip", "needs"}
 NOT_BEFORE = {
     "key": {
         *("public", "pub", "cache", "sort", "primary", "foreign", "partition", "group", "row", "column", "index"),
@@ -79,14 +85,18 @@ NOT_BEFORE = {
         *("com", "by", "sur", "tres", "over", "under", "encom"),
     },
     "pwd": {"old"},
-    "auth": {"require", "no", "use", "with", "without", "enable", "disable", "skip", "needs"},
+    "auth": SWITCHES,
+    "pat": SWITCHES,
+    "pw": SWITCHES,
+    "jwt": SWITCHES,
+    "cookie": SWITCHES,
 }
 """What makes such a name a program's or a model's: the tokens that it counts, the keys that it looks up."""
 ABOUT = {"file", "path", "dir", "folder", "name", "id", "length", "len", "count", "type", "policy", "url", "uri"}
 """Last words of names that tell about a secret and do not hold it."""
 NOTHING = {b"none", b"null", b"true", b"false", b"...", MARK, b""}
 
-HINT = re.compile(rb"(?i:pass|pwd|secret|credential|key|token|auth)")
+HINT = re.compile(rb"(?i:pass|pwd|secret|credential|key|token|auth|jwt|cookie|(?:pat|pw)s?(?![a-z]))")
 """Every secret's name has one of these in it."""
 SHAPES = (
     rb"-----BEGIN[A-Z\s]{0,60}PRIVATE\s{1,40}KEY[A-Z\s]{0,20}-----"  # folded, where YAML was written
@@ -107,6 +117,13 @@ SHAPES = (
     rb"xox[a-z]-[\w-]{10,}+",
     rb"npm_[A-Za-z0-9]{36}",
     rb"pypi-AgE[\w-]{16,}+",
+    rb"nvapi-(?<![A-Za-z0-9]nvapi-)[\w-]{20,}+",
+    rb"gsk_(?<![A-Za-z0-9]gsk_)[A-Za-z0-9]{20,}+",
+    rb"xai-(?<![\w-]xai-)[A-Za-z0-9]{20,}+",
+    rb"r8_(?<!\wr8_)(?=[A-Za-z]{0,40}[0-9])[A-Za-z0-9]{20,}+",
+    rb"AT[AC]TT(?<![A-Za-z0-9]AT[AC]TT)[\w=-]{20,}+",
+    rb"(?:https?://)?(?:canary\.|ptb\.)?discord(?:app)?\.com/api/(?:v[0-9]{1,3}/)?webhooks/[0-9]{6,}+/[\w-]{16,}+",
+    rb"(?<![0-9])[0-9]{8,10}:AA[\w-]{30,}+",
     rb"dapi(?<![A-Za-z0-9]dapi)[0-9a-f]{32}",
     rb"[Bb][Ee][Aa][Rr][Ee][Rr] (?<![A-Za-z0-9]bearer )[\w.~+/=-]{16,}+",
 )
@@ -127,10 +144,12 @@ HEADER = re.compile(
 VARIABLE = re.compile(rb"^((?:export |set )?)([A-Z][A-Z0-9_]*+)=([^\r\n]++)", re.MULTILINE)
 NAMED = re.compile(rb"(?<![\w.-])((?:--)?[\w.-]++)([\"']?[ \t]{0,8}[:=][ \t]{0,8}|[\"'],[ \t]{0,8}(?=[\"'bru])|[ ])")
 QUOTED = re.compile(rb"([bru]{0,2}([\"']))((?:\\[\s\S]|(?!\2)[^\\])*+)\2")
-SPOKEN = re.compile(r"(?i)(?:tokens?|keys|secrets|passwords|pass|pwd|auth)$")
+SPOKEN = re.compile(r"(?i)(?:tokens?|keys|secrets|passwords|pass|pwd|auth|pats?|pw|jwts?|cookies?)$")
 """Ends of names that code and prose use of other things, or of secrets in general, too."""
 BARE = re.compile(rb"\$\{[^\s{}]*+\}|[^\s\"',;&()\[\]{}<>]++")
 
+BLOCK = re.compile(rb"[|>][0-9+-]{0,2}[ \t]{0,8}(?:#[^\r\n]*+)?\r?\n")
+"""How a value of YAML begins that is made of the lines below it, as long as they are indented further."""
 
 STANDS_ALONE = rb"(?:(?<![A-Za-z0-9])|(?<=%%[0-9A-Fa-f]{2})|(?<=\\[nrt]))%b(?![A-Za-z0-9])"
 """No part of a longer word; an escape before it, as `%%40` and `\\n`, is none."""
@@ -195,6 +214,8 @@ def secret_name(name: str) -> bool:
         words.pop()
     if not words or words[-1] in ABOUT:
         return False
+    if name.isupper() and words[0] == "token" and words[1:] and OWNERS.issuperset(words[1:]):  # TOKEN_HF
+        return True
     return any(map(ALWAYS.fullmatch, words)) or _ends_as_secret(words, name.isupper())
 
 
@@ -208,11 +229,11 @@ def _ends_as_secret(words: list[str], variable: bool) -> bool:
     ending = ENDING.fullmatch(words[-1])
     if not ending:
         return False
-    joined, kind, plural = ending.groups()
+    joined, kind, plural = ending.groups()[:3] if ending[2] else ending.groups()[3:]
     before = joined or "".join(words[-2:-1])
     if before in BEFORE[kind] or before in NOT_BEFORE[kind]:
         return before in BEFORE[kind]
-    if kind in ("token", "auth") and not joined and not plural:
+    if kind in ("token", "auth", "jwt") and not joined and not plural:
         return True
     if kind == "pwd" and not before:
         return not variable  # a shell's PWD is a folder
@@ -359,6 +380,8 @@ def _value(match: re.Match[bytes], data: bytes) -> tuple[int, int]:
     name, between = match[1], match[2]
     if between == b" " and not name.startswith(b"--"):
         return 0, 0
+    if end := _block_end(match, data):
+        return match.end(), end
     if quoted := QUOTED.match(data, match.end()):
         return (0, 0) if _is_nothing(quoted[3]) else quoted.span(3)
     bare = BARE.match(data, match.end())
@@ -366,6 +389,19 @@ def _value(match: re.Match[bytes], data: bytes) -> tuple[int, int]:
         return 0, 0
     typed = name.startswith(b"--") or name.isupper() or (b"." in name and between == b"=")  # and not of a program
     return bare.span() if typed or _credential(name.decode(errors="replace"), bare[0]) else (0, 0)
+
+
+def _block_end(match: re.Match[bytes], data: bytes) -> int:
+    """Where a value of YAML ends that is made of the lines below its name; 0 where it is no such value."""
+    begin = BLOCK.match(data, match.end()) if b":" in match[2] else None
+    if begin is None:
+        return 0
+    before = data[data.rfind(b"\n", 0, match.start()) + 1 : match.start()].rstrip(b"\"'")
+    # A name that has other words before it in its line is a log's, whose lines below it are indented as they are.
+    indent = len(before) if not before.strip(b" -") else len(before) - len(before.lstrip(b" "))
+    lines = re.compile(rb"(?:[ \t]*+\r?\n|[ ]{%d,}+[^\n]*+(?:\n|\Z))*+" % (indent + 1)).match(data, begin.end())
+    value = lines[0].rstrip() if lines else b""
+    return begin.end() + len(value) if value.strip() else 0
 
 
 def _credential(name: str, value: bytes) -> bool:

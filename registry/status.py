@@ -12,6 +12,7 @@ from registry import record as records
 from registry.manifest import FOLDER, is_held, manifests
 from registry.outcome import Outcome
 from registry.registration import FOLDER as REGISTRATIONS
+from registry.resume import answered, ok_by_what
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +30,7 @@ class Status:
         started_at: When it was begun; UTC, ISO 8601.
         planned: How many cells it has, over all sessions; `None` for one of an earlier version, which nobody noted.
         done: How many are measured, in this sweep or in another one: what a resumed sweep would not measure again.
-        failed: The last attempts of those that ended otherwise, and their files.
+        failed: The last attempts of the others that were tried, and their files.
         missing: What has no record.
         running: Whether a process measures it now.
     """
@@ -56,7 +57,7 @@ def statuses(folder: Path) -> tuple[list[Status], list[str]]:
     Args:
         folder: Of the records.
     """
-    heads: dict[str, dict[int, tuple[Head, Path]]] = defaultdict(dict)
+    heads: dict[str, list[tuple[Head, Path]]] = defaultdict(list)
     problems = []
     for file in _files(folder):
         try:
@@ -64,24 +65,31 @@ def statuses(folder: Path) -> tuple[list[Status], list[str]]:
         except records.BadRecord as error:
             problems.append(str(error))
             continue
-        last = heads[head.sweep_id].get(head.index)
-        if last is None or last[0].attempt < head.attempt:
-            heads[head.sweep_id][head.index] = head, file
+        heads[head.sweep_id].append((head, file))
     plans = {plan.sweep_id: plan for plan in manifests(folder)}
-    ok = {head.what for own in heads.values() for head, _ in own.values() if head.outcome == Outcome.OK}
+    ok = ok_by_what(head for own in heads.values() for head, _ in own)
     found = []
     for sweep_id in sorted({*heads, *plans}):
-        own = heads[sweep_id]
-        failed = [(head, file) for _, (head, file) in sorted(own.items()) if head.what not in ok]
-        if plan := plans.get(sweep_id):
-            missing = [job for job in plan.jobs if job.index not in own and job.what not in ok]
-            done = len(plan.jobs) - len(missing) - len(failed)
+        own = sorted(heads[sweep_id], key=_attempt)
+        plan = plans.get(sweep_id)
+        jobs = [(one.index, one.what) for one in plan.jobs] if plan else [*{(h.index, h.what): h for h, _ in own}]
+        done = answered(jobs, ok, sweep_id)
+        last = {(head.index, head.what): (head, file) for head, file in own if head.outcome is not Outcome.OK}
+        left = [number for number in range(len(jobs)) if number not in done]
+        failed = [last[jobs[number]] for number in left if jobs[number] in last]
+        if plan:
+            missing = [plan.jobs[number] for number in left if jobs[number] not in last]
             running = is_held(folder, sweep_id)
-            found.append(Status(sweep_id, plan.started_at, len(plan.jobs), done, failed, missing, running))
+            found.append(Status(sweep_id, plan.started_at, len(jobs), len(done), failed, missing, running))
         else:
-            began = min(head.started_at for head, _ in own.values())
-            found.append(Status(sweep_id, began, None, len(own) - len(failed), failed))
+            began = min(head.started_at for head, _ in own)
+            found.append(Status(sweep_id, began, None, len(done), failed))
     return found, sorted(problems)
+
+
+def _attempt(found: tuple[Head, Path]) -> tuple[int, int]:
+    """What a sweep's records are sorted by: the last attempt at a place is behind those before it."""
+    return found[0].index, found[0].attempt
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -239,14 +239,22 @@ def tell_plan(sweep: Sweep) -> None:
 def _hold(sweep: Sweep) -> None:
     """Write what the sweep sets out to measure, and hold it until this process ends.
 
+    A sweep that goes on is looked at once more when it is held: who held it before may have measured more of it.
+
     Raises:
         BadInput: Another process measures this sweep, or nothing can be written.
     """
     folder = Path(sweep.cells[0].config.records)
-    jobs = [Planned(job.index, *job.what, job.cell.label) for job in sweep.jobs]
+
+    def planned() -> manifests.Manifest:
+        if sweep.cells[0].config.resume:
+            now = _taken_up(sweep, sweep.sweep_id)
+            sweep.jobs, sweep.measured = now.jobs, now.measured
+        jobs = [Planned(job.index, *job.what, job.cell.label) for job in sweep.jobs]
+        return manifests.extended(folder, sweep.sweep_id, jobs)
+
     try:
-        begun = manifests.extended(folder, sweep.sweep_id, jobs)
-        held = manifests.hold(begun, folder)
+        held = manifests.hold(folder, sweep.sweep_id, planned)
     except OSError as error:
         raise BadInput(f"records={folder} cannot be written: {error}") from error
     if held is None:
@@ -302,15 +310,19 @@ def _once(jobs: Sequence[list[str]], cells: Sequence[Cell]) -> tuple[list[list[s
     return [jobs[place] for place in places.values()], [cells[place] for place in places.values()]
 
 
-def _taken_up(sweep: Sweep) -> Sweep:
+def _taken_up(sweep: Sweep, name: str = "") -> Sweep:
     """The sweep as what is left of one that was begun before; as it is where none was.
+
+    Args:
+        sweep: As it was planned.
+        name: Of the one that goes on, where that is known already.
 
     Raises:
         BadInput: Its thresholds are no longer those that were registered.
     """
     folder = Path(sweep.cells[0].config.records)
     profiled = any(cell.config.protocol.profiled_steps for cell in sweep.cells)
-    before = look([job.what for job in sweep.jobs], folder, profiled)
+    before = look([job.what for job in sweep.jobs], folder, profiled, name)
     if not before.sweep_id:
         return dataclasses.replace(sweep, problems=before.problems)
     jobs = [dataclasses.replace(job, index=index) for job, index in zip(sweep.jobs, before.places, strict=True)]

@@ -7,6 +7,7 @@ found in, or here as an example.
 import contextlib
 import dataclasses
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -73,6 +74,15 @@ def cwd(home: Path) -> Iterator[Path]:
     folder.mkdir()
     with contextlib.chdir(folder):
         yield folder
+
+
+def test_what_waits_for_ever_fails_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuzzing.WALL_S", 0.2)
+    read_end, write_end = os.pipe()
+    with pytest.raises(AssertionError, match="in all"), bounded():
+        os.read(read_end, 1)
+    os.close(read_end)
+    os.close(write_end)
 
 
 # Command lines
@@ -332,11 +342,16 @@ def test_a_damaged_registration_is_told_or_left_out(
 @given(data=st.data())
 def test_a_damaged_manifest_is_told_or_left_out(whole: Whole, healthy: Path, data: st.DataObject) -> None:
     jobs = [(r["cell_id"], r["session"], r["experiment"]) for r in whole.records.values()]
-    content = as_bytes(data, damaged(data, whole.manifest))
+    changed = damaged(data, whole.manifest)
+    with contextlib.suppress(TypeError, KeyError, IndexError):  # whatever is left of it
+        if data.draw(st.booleans()):
+            changed["jobs"][0]["index"] = data.draw(st.sampled_from([-1, 2**31 - 1, 2**31, 2**63]))
+    content = as_bytes(data, changed)
     with replaced(healthy / "sweeps" / f"{SWEEP}.json", content), bounded():
         told(healthy)
-        before = resume.look(jobs, healthy, data.draw(st.booleans()))
-        assert len(before.places) == len(jobs)
+        unknown = ("f" * 16, 0, "")
+        before = resume.look([*jobs, unknown], healthy, data.draw(st.booleans()))
+        assert len(before.places) == len(jobs) + 1
         manifest.extended(healthy, before.sweep_id or SWEEP, [Planned(0, *jobs[0], "x")])
         archive.everything_in(healthy)
 

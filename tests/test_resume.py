@@ -16,9 +16,10 @@ from mlflow.tracking import MlflowClient
 from sweeps import PATIENCE_S, Start, Sweep, assert_logged, assert_nothing_left, database, marked, wait_for
 from test_record import made_up_record
 
-from registry import cli
+from registry import cli, sweep
 from registry import manifest as manifests
 from registry import record as records
+from registry.compose import Composer
 from registry.manifest import Manifest, Planned
 from registry.outcome import Outcome
 from registry.resume import look
@@ -32,7 +33,8 @@ OLD, NEW = "20260701-101010-abcd", "20260702-101010-abcd"
 
 def kept(folder: Path, cell_id: str, sweep_id: str = OLD, index: int = 0, **changes: object) -> records.Record:
     """A record on disk; ok unless it is said otherwise."""
-    given = {"outcome": Outcome.OK, "reason": "", "remedy": "", "step_times_ms": [1.0]} | changes
+    given = {"outcome": Outcome.OK, "reason": "", "remedy": "", "step_times_ms": [1.0]}
+    given |= {"record_id": f"{cell_id}-{sweep_id}-{index}", **changes}
     record = made_up_record(cell_id=cell_id, sweep_id=sweep_id, index=index, **given)
     records.write(record, folder)
     return record
@@ -42,7 +44,7 @@ def begun(folder: Path, sweep_id: str, *cells: str, sessions: int = 1) -> None:
     """The manifest of a sweep of these cells."""
     jobs = [(session, cell) for session in range(sessions) for cell in cells]
     planned = [Planned(place, cell, session, "", cell) for place, (session, cell) in enumerate(jobs)]
-    held = manifests.hold(Manifest(sweep_id, "2026-07-01T10:10:10+00:00", planned), folder)
+    held = manifests.hold(folder, sweep_id, lambda: Manifest(sweep_id, "2026-07-01T10:10:10+00:00", planned))
     assert held
     held.close()
 
@@ -105,6 +107,42 @@ def test_a_cell_that_is_asked_for_twice_needs_two_records(tmp_path: Path) -> Non
     assert [*look([(A, 0, ""), (A, 0, "")], tmp_path, profiled=False).found] == [0, 1]
 
 
+@pytest.mark.parametrize("places", [(0,), (1,), (0, 1)])
+def test_status_counts_records_of_one_identity_as_resume_does(tmp_path: Path, places: tuple[int, ...]) -> None:
+    """As `context=64,64` asks for, or `gpu=auto,cpu` where there is no GPU."""
+    begun(tmp_path, OLD, A, A)
+    for place in places:
+        kept(tmp_path, A, index=place)
+    assert [*look([(A, 0, "")] * 2, tmp_path, profiled=False).found] == [*places]
+    [one], _ = statuses_of(tmp_path)
+    left = [place for place in (0, 1) if place not in places]
+    assert (one.done, [job.index for job in one.missing], one.failed) == (len(places), left, [])
+    assert one.state == ("cut short" if left else "ended")
+
+
+def test_a_copy_of_a_record_answers_no_second_cell(tmp_path: Path) -> None:
+    begun(tmp_path, OLD, A, A)
+    kept(tmp_path, A)
+    file = records.path(tmp_path, A, OLD, 0)
+    file.with_name("copy.json").write_bytes(file.read_bytes())
+    file.with_name("other.json").write_text(file.read_text().replace('"index": 0', '"index": 1'))
+    assert len(look([(A, 0, "")] * 2, tmp_path, profiled=False).found) == 1
+    [one], _ = statuses_of(tmp_path)
+    assert (one.done, len(one.missing), one.failed) == (1, 1, [])
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_an_attempt_that_failed_takes_back_no_record(tmp_path: Path, planned: bool) -> None:
+    """As with one whose profile was asked for later."""
+    if planned:
+        begun(tmp_path, OLD, A)
+    kept(tmp_path, A)
+    kept(tmp_path, A, record_id="second", attempt=2, outcome=Outcome.CRASH, reason="broken", step_times_ms=[])
+    assert [*look([(A, 0, "")], tmp_path, profiled=False).found] == [0]
+    [one], _ = statuses_of(tmp_path)
+    assert (one.done, one.failed, one.missing, one.state) == (1, [], [], "ended")
+
+
 def test_a_record_without_the_profile_that_is_asked_for_is_not_enough(tmp_path: Path) -> None:
     kept(tmp_path, A)
     assert look([(A, 0, "")], tmp_path, profiled=True).found == {}
@@ -135,6 +173,8 @@ DAMAGED_MANIFESTS: dict[str, dict[str, Any]] = {
     "no jobs": {"jobs": None},
     "a text for a job": {"jobs": ["x"]},
     "a place that is none": {"jobs": [{"index": None, "cell_id": A, "session": 0, "experiment": "", "label": ""}]},
+    "a place below all": {"jobs": [{"index": -1, "cell_id": A, "session": 0, "experiment": "", "label": ""}]},
+    "a place beyond all": {"jobs": [{"index": 2**31, "cell_id": A, "session": 0, "experiment": "", "label": ""}]},
     "an identity that is none": {"jobs": [{"index": 0, "cell_id": [], "session": 0, "experiment": "", "label": ""}]},
 }
 
@@ -153,6 +193,13 @@ def test_a_manifest_of_the_wrong_types_is_none(
     assert OLD not in capsys.readouterr().out
 
 
+def test_what_is_new_to_a_sweep_with_a_place_beyond_all_has_a_place_too(tmp_path: Path) -> None:
+    begun(tmp_path, OLD, A)
+    file = manifests.path(tmp_path, OLD)
+    file.write_text(file.read_text().replace('"index": 0', f'"index": {2**31 - 1}'))
+    assert look([(A, 0, ""), (B, 0, "")], tmp_path, profiled=False).places == [2**31 - 1, 1]
+
+
 def test_a_manifest_without_jobs_goes_on_with_the_first_place(tmp_path: Path) -> None:
     begun(tmp_path, OLD)
     kept(tmp_path, A, OLD)
@@ -161,15 +208,38 @@ def test_a_manifest_without_jobs_goes_on_with_the_first_place(tmp_path: Path) ->
 
 def test_a_sweep_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     plan = Manifest(OLD, "2026-07-01T10:10:10+00:00", [Planned(0, A, 0, "", "a")])
-    held = manifests.hold(plan, tmp_path)
+    held = manifests.hold(tmp_path, OLD, lambda: plan)
     assert held
     assert manifests.is_held(tmp_path, OLD)
-    assert manifests.hold(plan, tmp_path) is None
+    assert manifests.hold(tmp_path, OLD, lambda: plan) is None
     held.close()
     assert not manifests.is_held(tmp_path, OLD)
     again = manifests.extended(tmp_path, OLD, [Planned(1, B, 0, "", "b")])
     assert [job.cell_id for job in again.jobs] == [A, B]
     assert again.started_at == plan.started_at
+
+
+def test_what_another_process_measured_until_the_sweep_is_held_is_not_measured_again(
+    tmp_path: Path, composer: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ["-m", "model=tiny", "gpu=cpu", "context=32,64,96", "resume=true", f"records={tmp_path}"]
+    first = sweep.preflight(sweep._parse(call), composer)
+    sweep._hold(first)
+    first.held.close()
+
+    def measured(place: int) -> None:
+        kept(tmp_path, first.jobs[place].cell.cell_id, first.sweep_id, place)
+
+    measured(0)
+    again = sweep.preflight(sweep._parse(call), composer)
+    assert (again.sweep_id, len(again.left)) == (first.sweep_id, 2)
+    joined = manifests._joined
+    monkeypatch.setattr(manifests, "_joined", lambda *args: (measured(1), joined(*args))[1])
+    sweep._hold(again)
+    with again.held:
+        assert [job.index for job in again.left] == [2]
+        assert "2 of 3 are measured" in again.resumed
+    assert [job.index for job in manifests.read(manifests.path(tmp_path, first.sweep_id)).jobs] == [0, 1, 2]
 
 
 # Records by their beginnings

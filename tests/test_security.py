@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import site as sites
 import subprocess
 import sys
 import textwrap
@@ -24,7 +25,7 @@ from test_record import made_up_cell, made_up_record
 from test_weights import small as small
 from transformers import AutoModelForCausalLM
 
-from registry import cli, logs, private, run, sweep
+from registry import cli, environments, hardware, importing, logs, private, run, sweep
 from registry import record as records
 from registry.architecture import Architecture
 from registry.archive import everything_in
@@ -36,6 +37,7 @@ from registry.plugins import Catalog
 from registry.report.build import build
 from registry.report.observation import Observation
 from registry.report.page import html
+from registry.schema import TrackingConfig
 from registry.validate import validate
 from registry.weights import FolderWeights, check_weights, open_weights
 
@@ -657,6 +659,70 @@ def test_a_worker_is_asked_and_answers_in_json(tmp_path: Path) -> None:
         assert done.returncode == 0
         assert json.loads((tmp_path / "answer.json").read_text())["outcome"] == "crash"
     assert not (tmp_path / "entered").exists()
+
+
+# The folder that a call is made in
+
+
+SHADOWS = (
+    "registry/__init__.py",
+    "registry/worker.py",
+    "registry/importing.py",
+    "torch.py",
+    "safetensors.py",
+    "ctypes.py",
+)
+
+
+@pytest.fixture
+def shadowed(tmp_path: Path) -> Path:
+    """A folder in which what a call imports has namesakes, each of which leaves a mark where it is imported."""
+    folder = tmp_path / "shadowed"
+    for name in SHADOWS:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'entered')!r}).touch()\n")
+    return folder
+
+
+def test_a_worker_imports_nothing_out_of_the_folder_of_the_call(tmp_path: Path, shadowed: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "runner.py"), "model=tiny", "gpu=cpu", "context=32", "protocol.threads=1"),
+            *(f"records={tmp_path}/records", f"cache.folder={tmp_path}/cache"),
+            *(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"tracking.artifacts={tmp_path}/artifacts"),
+        ],
+        cwd=shadowed,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "entered").exists()
+
+
+def test_nor_does_what_imports_records_or_counts_gpus(
+    tmp_path: Path, shadowed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shadowed)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(hardware, "DEV", tmp_path)
+    hardware._unseen_gpu()
+    (tmp_path / "records").mkdir()
+    config = TrackingConfig("local", f"sqlite:///{tmp_path}/mlflow.db", "rfloor", "")
+    with importing._helped(tmp_path / "records", config) as helper:
+        assert json.loads(helper.communicate()[0]) == {}
+    assert not (tmp_path / "entered").exists()
+
+
+def test_where_a_started_python_imports_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty part of PYTHONPATH is the folder that it starts in; the standard library comes before packages."""
+    found = environments.import_path({"PYTHONPATH": ":/plugins:"})
+    assert found == {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{ROOT}:/plugins"}
+    assert environments.import_path({})["PYTHONPATH"] == str(ROOT)
+    monkeypatch.setattr(environments, "ROOT", Path(sites.getsitepackages()[0]))
+    assert environments.import_path({"PYTHONPATH": "/plugins"})["PYTHONPATH"] == "/plugins"
 
 
 # Loopback

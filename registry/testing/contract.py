@@ -203,7 +203,7 @@ class Contract:
             "print(*[name for name in sys.argv[2:] if name in sys.modules])"
         )
         done = subprocess.run(
-            [sys.executable, "-c", probe, self.plugin.__module__, *heavy],
+            [sys.executable, "-P", "-c", probe, self.plugin.__module__, *heavy],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             capture_output=True,
             text=True,
