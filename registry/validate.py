@@ -9,8 +9,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_plus, urlsplit
+from urllib.parse import urlsplit
 
+from registry import parameters
 from registry.device_lock import ON_BUSY
 from registry.outcome import BadInput, Outcome, nearest
 from registry.private import shared
@@ -56,30 +57,6 @@ DRIVERS = {
     "mssql": ("mssql+pyodbc",),
 }
 """Databases that MLflow takes -> how their addresses may begin. SQLAlchemy imports the driver that stands there."""
-FILES = ("sslrootcert", "sslcert", "sslkey", "ssl_ca", "ssl_cert", "ssl_key")
-"""Parameters whose value is a file's name. To libpq an `sslkey` with a colon is a key of an OpenSSL engine, which is
-loaded: a file is named by its whole path, and without a colon."""
-PARAMETERS = {
-    "sqlite": ("timeout",),
-    "postgresql": (
-        *("connect_timeout", "application_name", "client_encoding", "host", "hostaddr", "port", "user", "password"),
-        *("sslmode", "sslnegotiation", "sslrootcert", "sslcert", "sslkey", "ssl_min_protocol_version"),
-        *("channel_binding", "gssencmode", "require_auth", "target_session_attrs", "load_balance_hosts"),
-        *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"),
-    ),
-    "mysql": (
-        *("charset", "collation", "use_unicode", "connect_timeout", "read_timeout", "write_timeout", "unix_socket"),
-        *("ssl_ca", "ssl_cert", "ssl_key", "ssl_check_hostname", "ssl_verify_cert", "ssl_verify_identity"),
-    ),
-    "mssql": (
-        *("driver", "encrypt", "trustservercertificate", "hostnameincertificate", "trusted_connection", "app"),
-        *("applicationintent", "multisubnetfailover", "mars_connection", "timeout", "logintimeout", "autocommit"),
-    ),
-}
-"""Databases -> what may stand behind the ? of their addresses. Whatever stands there goes on to the driver and the
-libraries below it, and of their parameters nobody has counted those that name what is imported, loaded or written."""
-INSTALLED = re.compile(r"[\w .()-]+")
-"""An ODBC driver by the name under which it is installed, and no library's file."""
 STORES = (
     "file",
     "s3",
@@ -378,27 +355,7 @@ def _driver(uri: str, scheme: str) -> str:
     behind = uri.partition("?")[2]
     if "@" in behind:  # up to which SQLAlchemy may look for a password, and who hides one does
         return f"an @ stands behind its ?; {ESCAPED}, and an @ of a parameter too"
-    return next(filter(None, (_parameter(one, scheme) for one in re.split("[?&;]", behind) if one)), "")
-
-
-def _parameter(text: str, scheme: str) -> str:
-    """Why one of the parameters of a database's address is not passed on; empty if it is."""
-    name, _, value = map(unquote_plus, text.partition("="))
-    key = name.lower()
-    if key not in PARAMETERS[scheme]:
-        return f"{name}= is not passed on to a database's driver; taken are {', '.join(PARAMETERS[scheme])}"
-    if key in FILES and not _named(value):
-        return f"{name}= names no file that is there by its whole path, without a colon"
-    if key == "driver" and not INSTALLED.fullmatch(value):
-        return f"{name}= is the name under which an ODBC driver is installed"
-    return ""
-
-
-def _named(file: str) -> bool:
-    try:
-        return file.startswith("/") and ":" not in file and Path(file).is_file()
-    except (OSError, ValueError):
-        return False
+    return parameters.problem(behind, scheme)
 
 
 def _address(uri: str, server: bool) -> Iterator[str]:

@@ -378,6 +378,24 @@ NO_URI = [
     ("postgresql://host/db?sslkey=/bin/sh:k&application_name=@", "an @ stands behind its ?"),
     ("mysql+pymysql://host/db?ssl_key=burglar", "ssl_key= names no file"),
     ("mysql+pymysql://host/db?local_infile=1", "local_infile= is not passed on"),
+    ("sqlite:///mlflow.db?timeout=foo", "timeout= is a number of seconds"),
+    ("sqlite:///mlflow.db?timeout=-1", "timeout= is a number of seconds"),
+    ("sqlite:///mlflow.db?timeout=nan", "timeout= is a number of seconds"),
+    ("sqlite:///mlflow.db?timeout=5&timeout=6", "timeout= stands there twice"),
+    ("postgresql://h/d?connect_timeout=abc", "connect_timeout= is a whole number of 0 to 2147483647"),
+    ("postgresql://h/d?port=x", "port= is a whole number of 1 to 65535"),
+    ("postgresql://h/d?host=a,b&port=5432,0", "port= is a whole number of 1 to 65535"),
+    ("postgresql://h/d?sslmode=banana", "sslmode= has no such value: "),
+    ("postgresql://h/d?sslmode=requir", "did you mean require or prefer?"),
+    ("postgresql://h/d?sslmode=REQUIRE", "sslmode= has no such value: "),
+    ("postgresql://h/d?keepalives=2", "keepalives= is a whole number of 0 to 1"),
+    ("postgresql://h/d?hostaddr=localhost", "hostaddr= is an IP address"),
+    ("postgresql://h/d?require_auth=md5,maybe", "require_auth= has no such value: "),
+    ("postgresql://h/d?target_session_attrs=", "target_session_attrs= has no such value: "),
+    ("postgresql://h/d?application_name=", "application_name= is empty"),
+    ("mysql+pymysql://h/d?connect_timeout=0", "connect_timeout= is a whole number of 1 to 31536000"),
+    ("mysql+pymysql://h/d?use_unicode=perhaps", "use_unicode= has no such value: "),
+    ("mssql+pyodbc://h/d?driver=x&Encrypt=maybe", "Encrypt= has no such value: "),
 ]
 
 
@@ -410,6 +428,12 @@ def test_where_mlflow_cannot_be_is_refused(config: Config, tmp_path: Path, uri: 
         "mysql+pymysql://host/mlflow?charset=utf8mb4",
         "mysql+pymysql://host/mlflow?ssl_ca=/etc/passwd",
         "mssql+pyodbc://host/mlflow?driver=ODBC+Driver+18+for+SQL+Server",
+        "sqlite:///new.db?timeout=0.5",
+        "postgresql:///mlflow?host=one:5432&host=two:5433",
+        "postgresql:///mlflow?host=one,two&port=5432,&hostaddr=10.0.0.1,::1&require_auth=!md5,!none",
+        "postgresql://host/mlflow?port=5432&keepalives=1&keepalives_idle=30&ssl_min_protocol_version=tlsv1.2",
+        "mysql+pymysql://host/mlflow?connect_timeout=10&use_unicode=1&ssl_verify_cert=true",
+        "mssql+pyodbc://host/mlflow?driver=FreeTDS&Encrypt=Strict&ApplicationIntent=readonly&timeout=5",
     ],
 )
 def test_where_mlflow_can_be_is_taken(config: Config, tmp_path: Path, uri: str) -> None:
