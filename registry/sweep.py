@@ -42,7 +42,7 @@ from registry.record import What
 from registry.redact import known_secrets, redact
 from registry.resume import look
 from registry.sessions import order
-from registry.streams import hide
+from registry.streams import complain, hide
 from registry.validate import SERVERS
 
 if TYPE_CHECKING:
@@ -156,18 +156,18 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             return list(arguments)
         _sweep = preflight(args, composer)
     except BadInput as error:
-        print(f"rfloor: {error}", file=sys.stderr)
+        complain(str(error))
         sys.exit(BAD_INPUT)
     hide(secret for cell in _sweep.cells for secret in known_secrets(dataclasses.asdict(cell.config)))
     for problem in _sweep.problems:
-        print(f"rfloor: no record: {problem}", file=sys.stderr)
+        complain(f"no record: {problem}")
     if any(cell.config.dry_run for cell in _sweep.cells):
         tell_plan(_sweep)
         sys.exit(0)
     try:
         _hold(_sweep)
     except BadInput as error:
-        print(f"rfloor: {error}", file=sys.stderr)
+        complain(str(error))
         sys.exit(BAD_INPUT)
     kept_back = composer.cell_overrides(args.overrides)
     return [argument for argument in arguments if argument not in kept_back]
@@ -360,7 +360,7 @@ class SweepCallback(Callback):
 def _tell_failure(error: Exception) -> None:
     """Print what ended a sweep outside of its cells."""
     if isinstance(error, OSError):
-        print(f"rfloor: {error}; the same call with resume=true goes on", file=sys.stderr)
+        complain(f"{error}; the same call with resume=true goes on")
     else:
         traceback.print_exception(error)
 
@@ -421,7 +421,7 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         ended = [one.return_value for one in launcher.launch(jobs, initial_job_idx=0)] if jobs else []
     found, problems = _records(ended)
     for problem in problems:
-        print(f"rfloor: no record: {problem}", file=sys.stderr)
+        complain(f"no record: {problem}")
     found = sorted([*sweep.measured.values(), *found], key=lambda record: record.index)
     errors = {one["tracking_error"] for one in ended if one["tracking_error"]}
     _tell(found)
