@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
+    from registry.manifest import Planned
     from registry.plan import Cell
-    from registry.record import Record
+    from registry.record import Head, Record
     from registry.status import Status
 
 AXES = tuple(group for group in GROUPS if group not in ("protocol", "experiment", "tracking"))
@@ -238,12 +239,17 @@ def tell_status(found: Sequence[Status], in_full: bool) -> None:
     out.print(table)
     lines = []
     for one in found if in_full else ():
-        lines += [f"{head.outcome} {head.label}: {file}" for head, file in one.failed]
-        lines += [f"missing {job.label}" for job in one.missing]
+        lines += [f"{head.outcome} {_place(head)}: {file}" for head, file in one.failed]
+        lines += [f"missing {_place(job)}" for job in one.missing]
     if any(one.state == "cut short" or one.failed for one in found):
         lines.append("The call of a sweep, given again with resume=true, measures what failed or is missing.")
     for line in lines:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _place(job: Head | Planned) -> str:
+    """Which of a sweep's cells something is, in the numbers that its record's file and content have."""
+    return f"place {job.index} session {job.session} {job.label}"
 
 
 def plan_table(cells: Sequence[Cell]) -> Table:

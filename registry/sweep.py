@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 import traceback
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -61,6 +62,18 @@ BAD_INPUT = 2
 ABOUT = ("help", "hydra_help", "shell_completion", "cfg", "info")
 """Flags with which Hydra tells about itself and runs nothing."""
 COMPLETIONS = ("install", "uninstall", "query")
+IN_LABELS = (
+    "quant",
+    "execution",
+    "attention",
+    "backend",
+    "model",
+    "gpu",
+    "context",
+    "protocol.context",
+    "experiment",
+)
+"""Keys whose values a cell's label has; an experiment's name stands beside it."""
 SHELLS = ("bash", "fish", "zsh")
 
 
@@ -112,6 +125,16 @@ class Sweep:
     def resumed(self) -> str:
         """What a sweep that is taken up again tells of that."""
         return f"{self.sweep_id} goes on: {len(self.measured)} of {len(self.jobs)} are measured"
+
+    def labels(self) -> list[str]:
+        """Each job's cell in one line, with those of its overrides that not all have and that the line lacks."""
+        counts = Counter(text for job in self.jobs for text in {*job.overrides})
+        labels = []
+        for job in self.jobs:
+            own = [text for text in job.overrides if counts[text] < len(self.jobs)]
+            lacking = [redact(text) for text in own if text.partition("=")[0] not in IN_LABELS]
+            labels.append(" ".join([job.cell.label, *lacking]))
+        return labels
 
     @property
     def left(self) -> list[Job]:
@@ -249,7 +272,7 @@ def _hold(sweep: Sweep) -> None:
         if sweep.cells[0].config.resume:
             now = _taken_up(sweep, sweep.sweep_id)
             sweep.jobs, sweep.measured = now.jobs, now.measured
-        jobs = [Planned(job.index, *job.what, job.cell.label) for job in sweep.jobs]
+        jobs = [Planned(job.index, *job.what, label) for job, label in zip(sweep.jobs, sweep.labels(), strict=True)]
         return manifests.extended(folder, sweep.sweep_id, jobs)
 
     try:
