@@ -110,6 +110,8 @@ class Sweep:
         seed: Of the jobs' order, drawn for this sweep: the next one has another order.
         measured: What a sweep that is taken up again has measured before, by the place of its job.
         problems: Files that lie where its records should and are none.
+        new: How many of its jobs a sweep that is taken up again has not had yet.
+        others: How many it has had that are not in this call.
         held: Its manifest, for as long as this process lives.
     """
 
@@ -119,12 +121,18 @@ class Sweep:
     seed: int
     measured: dict[int, Record] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    new: int = 0
+    others: int = 0
     held: ExitStack = field(default_factory=ExitStack)
 
     @property
     def resumed(self) -> str:
         """What a sweep that is taken up again tells of that."""
-        return f"{self.sweep_id} goes on: {len(self.measured)} of {len(self.jobs)} are measured"
+        told = f"{self.sweep_id} goes on: {len(self.measured)} of {len(self.jobs)} are measured"
+        if self.new or self.others:  # it was begun by another call, and shares most with this one
+            shared = len(self.jobs) - self.new
+            told += f"; it has {shared} of this call's {len(self.jobs)}, and {self.others} that this call has not"
+        return told
 
     def labels(self) -> list[str]:
         """Each job's cell in one line, with those of its overrides that not all have and that the line lacks."""
@@ -343,7 +351,7 @@ def _taken_up(sweep: Sweep, name: str = "") -> Sweep:
     for experiment in {cell.experiment: cell.config.experiment for cell in sweep.cells if cell.experiment}.values():
         registrations.check_claims(before.sweep_id, experiment, folder)
     jobs = [jobs[then] for then in in_order]
-    return Sweep(sweep.cells, jobs, before.sweep_id, sweep.seed, measured, before.problems)
+    return Sweep(sweep.cells, jobs, before.sweep_id, sweep.seed, measured, before.problems, before.new, before.others)
 
 
 @cache
