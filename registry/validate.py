@@ -83,6 +83,9 @@ LARGEST = 2**63 - 1
 """Of any whole number: what a 64-bit register holds."""
 LONGEST_S = 2_000_000
 """Of a cell's timeout: poll(2), in which its parent waits, counts milliseconds in 32 bits."""
+MOST_THREADS = 1024
+"""Of a process that computes: no host has more cores, and OpenMP ends the process where there is no room for their
+stacks."""
 MOST_PROFILED = 1000
 """Steps: a median needs no more, and the trace of each is written and read back."""
 
@@ -192,8 +195,8 @@ def _protocol(config: Config) -> Iterator[str]:
         yield f"protocol.timeout_s={p.timeout_s}: at most {LONGEST_S}, which is 23 days"
     if p.profiled_steps > MOST_PROFILED:
         yield f"protocol.profiled_steps={p.profiled_steps}: at most {MOST_PROFILED}"
-    if p.threads is not None and p.threads < 1:
-        yield f"protocol.threads={p.threads}: at least 1, or null for one a physical core"
+    if p.threads is not None and not 1 <= p.threads <= MOST_THREADS:
+        yield f"protocol.threads={p.threads}: 1 to {MOST_THREADS}, or null for one a physical core"
     if p.measures not in MEASURES:
         yield f"protocol.measures={p.measures}: {nearest(p.measures, MEASURES)}"
     if p.measures == "attention" and config.execution.cache not in (AUTO, "dynamic"):

@@ -90,7 +90,9 @@ BAD = [
     ("protocol.timeout_s", 2000000.5, "protocol.timeout_s=2000000.5: at most 2000000, which is 23 days"),
     ("protocol.profiled_steps", -1, "protocol.profiled_steps=-1: at least 0"),
     ("protocol.profiled_steps", 1001, "protocol.profiled_steps=1001: at most 1000"),
-    ("protocol.threads", 0, "protocol.threads=0: at least 1, or null for one a physical core"),
+    ("protocol.threads", 0, "protocol.threads=0: 1 to 1024, or null for one a physical core"),
+    ("protocol.threads", 1025, "protocol.threads=1025: 1 to 1024, or null for one a physical core"),
+    ("protocol.threads", 99999999, "protocol.threads=99999999: 1 to 1024, or null for one a physical core"),
     (
         "protocol.context",
         4062,
@@ -159,6 +161,7 @@ GOOD = [
     ("protocol.profiled_steps", 1000),
     ("protocol.threads", None),
     ("protocol.threads", 1),
+    ("protocol.threads", 1024),
     ("protocol.context", 4061),
     ("protocol.timeout_s", 2e6),
     ("quant.weight_bits", 0.5),
