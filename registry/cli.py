@@ -21,7 +21,7 @@ from registry.plan import plugin_options
 from registry.plugins import Catalog
 from registry.report.terminal import tell_report
 from registry.status import statuses
-from registry.streams import hide
+from registry.streams import complain, hide
 from registry.synthesis import write_checkpoint
 from registry.validate import validate
 from registry.weights import check_weights, open_weights
@@ -72,13 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
             return _synthesize(args.overrides)
         return _import(args.folder, args.overrides)
     except BadInput as error:
-        print(f"rfloor: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     except Refused as error:
-        print(f"rfloor: {error}", file=sys.stderr)
+        complain(str(error))
         return 1
     except TrackingDown as error:
-        print(f"rfloor: MLflow cannot be reached: {error}", file=sys.stderr)
+        complain(f"MLflow cannot be reached: {error}")
         return 1
 
 
@@ -217,7 +217,7 @@ def _price(key: str, value: str, composer: Composer) -> float:
 def _told(problems: Sequence[str]) -> int:
     """The exit code, once every file or run that is no record is named."""
     for problem in problems:
-        print(f"rfloor: no record: {problem}", file=sys.stderr)
+        complain(f"no record: {problem}")
     return 1 if problems else 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -17,12 +17,16 @@ from registry.alike import as_one, words
 from registry.outcome import Outcome
 from registry.repeats import by_cell
 from registry.schema import GROUPS
+from registry.streams import visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from rich.text import Text
+
+    from registry.manifest import Planned
     from registry.plan import Cell
-    from registry.record import Record
+    from registry.record import Head, Record
     from registry.status import Status
 
 AXES = tuple(group for group in GROUPS if group not in ("protocol", "experiment", "tracking"))
@@ -55,10 +59,17 @@ SPREADS = (("within",), ("across",))
 """Headings of the spreads of a cell that was measured in several sessions."""
 
 
+class _Visible(Console):
+    """A console to which a text, of a table's cell too, says nothing that does not print."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
 def console(stderr: bool = False) -> Console:
     """A console as wide as its window, or wide enough when its output goes to a file."""
-    made = Console(stderr=stderr)
-    return made if made.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
+    made = _Visible(stderr=stderr)
+    return made if made.is_terminal else _Visible(stderr=stderr, width=PIPE_WIDTH)
 
 
 LONG = ("build ", "synthesize ", "wait: ")
@@ -99,11 +110,12 @@ class Reporter:
 
     def begin(self, label: str) -> None:
         """A cell begins."""
-        self._label = label
+        self._label = visible(label)
         self.stage("plan")
 
     def stage(self, name: str) -> None:
         """A worker says what it begins; where there is no bar, what takes minutes gets a line, once."""
+        name = visible(name)
         if not self.console.is_terminal and name.startswith(LONG) and name not in self._told:
             self._told.add(name)
             self.console.print(f"{self._label}: {name}", markup=False, highlight=False)
@@ -227,12 +239,17 @@ def tell_status(found: Sequence[Status], in_full: bool) -> None:
     out.print(table)
     lines = []
     for one in found if in_full else ():
-        lines += [f"{head.outcome} {head.label}: {file}" for head, file in one.failed]
-        lines += [f"missing {job.label}" for job in one.missing]
+        lines += [f"{head.outcome} {_place(head)}: {file}" for head, file in one.failed]
+        lines += [f"missing {_place(job)}" for job in one.missing]
     if any(one.state == "cut short" or one.failed for one in found):
         lines.append("The call of a sweep, given again with resume=true, measures what failed or is missing.")
     for line in lines:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _place(job: Head | Planned) -> str:
+    """Which of a sweep's cells something is, in the numbers that its record's file and content have."""
+    return f"place {job.index} session {job.session} {job.label}"
 
 
 def plan_table(cells: Sequence[Cell]) -> Table:

@@ -34,13 +34,21 @@ VARIABLES = (
     *("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE", "PYTORCH_ALLOC_CONF"),
     *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_JIT", "PYTORCH_NO_CUDA_MEMORY_CACHING", "PYTORCH_TUNABLEOP_ENABLED"),
     *("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_COMPILE_DISABLE"),
-    "TORCH_LINALG_PREFER_CUSOLVER",
+    *("TORCH_LINALG_PREFER_CUSOLVER", "CUDA_SCALE_LAUNCH_QUEUES", "BNB_CUDA_VERSION", "NVCC_APPEND_FLAGS"),
+    *("NVCC_PREPEND_FLAGS", "LD_PRELOAD", "GLIBC_TUNABLES"),
 )
 FAMILIES = (
     *("CUDNN_", "GOMP_", "KMP_", "OMP_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TORCH_CUDNN_", "TRITON_"),
-    *("FLASHINFER_", "FLASH_ATTENTION_"),
+    *("FLASHINFER_", "FLASH_ATTENTION_", "MALLOC_"),
 )
-"""Environment variables by which a library makes another step of the same code, by name and by beginning."""
+"""Environment variables by which a library or a compiler makes another step of the same code, by name and by
+beginning."""
+TELLING = (
+    *("KMP_DUPLICATE_LIB_OK", "KMP_SETTINGS", "KMP_VERSION", "KMP_WARNINGS", "OMP_AFFINITY_FORMAT"),
+    *("OMP_DISPLAY_AFFINITY", "OMP_DISPLAY_ENV", "TORCHDYNAMO_VERBOSE", "TRITON_PRINT_AUTOTUNING"),
+    "FLASHINFER_LOGLEVEL",
+)
+"""Those of a family by which a library only says more or less of what it does anyway."""
 NO_STEPS = ("_DIR", "_PATH", "_FOLDER", "_HOME", "_FILE", "_LOG", "_LOGS", "_THREADS")
 """Ends of those of a family that change none: where something is kept, what is told of it, and how many threads
 compile; how many compute rfloor sets itself (`protocol.threads`)."""
@@ -86,7 +94,7 @@ def step_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str
     found = {
         name: value
         for name, value in environment.items()
-        if name in VARIABLES or (name.startswith(FAMILIES) and not name.endswith(NO_STEPS))
+        if name in VARIABLES or (name.startswith(FAMILIES) and not name.endswith(NO_STEPS) and name not in TELLING)
     }
     hidden: dict[str, str] = Redactor(environment_secrets(environment)).plain(found)
     return hidden

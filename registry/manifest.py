@@ -37,7 +37,7 @@ class Planned:
         cell_id: The identity of what is measured.
         session: Which of the sweep's sessions, from 0.
         experiment: That it is measured for; empty for none.
-        label: The cell in one line.
+        label: The cell in one line, and what of its call makes it another one than the rest of the sweep.
     """
 
     index: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, TypeVar
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, TypeVar
 from registry import record as records
 from registry.manifest import manifests
 from registry.outcome import Outcome
-from registry.record import Head
+from registry.record import Head, What
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from registry.manifest import Manifest
-    from registry.record import Record, What
+    from registry.record import Record
 
 Found = TypeVar("Found", bound=Head)
 
@@ -31,12 +31,16 @@ class Before:
         places: Where in that sweep each job stands.
         found: The ok record of each place in the call that has one.
         problems: Files that lie where records should and are none.
+        new: How many jobs of the call that sweep has not had yet.
+        others: How many jobs it has had that are not in the call.
     """
 
     sweep_id: str
     places: list[int]
     found: dict[int, Record]
     problems: list[str]
+    new: int = 0
+    others: int = 0
 
 
 def look(jobs: Sequence[What], folder: Path, profiled: bool, sweep_id: str = "") -> Before:
@@ -59,7 +63,11 @@ def look(jobs: Sequence[What], folder: Path, profiled: bool, sweep_id: str = "")
     )
     places = _places(jobs, plans.get(sweep_id))
     ok = ok_by_what(record for record in kept if not profiled or "profile" in record.measured)
-    return Before(sweep_id, places, answered([*zip(places, jobs, strict=True)], ok, sweep_id), problems)
+    found = answered([*zip(places, jobs, strict=True)], ok, sweep_id)
+    if not (begun := plans.get(sweep_id)):  # what it was to have is not known
+        return Before(sweep_id, places, found, problems)
+    had, asked = Counter(job.what for job in begun.jobs), Counter(What(*job) for job in jobs)
+    return Before(sweep_id, places, found, problems, (asked - had).total(), (had - asked).total())
 
 
 def ok_by_what(found: Iterable[Found]) -> dict[What, list[Found]]:

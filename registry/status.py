@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,8 @@ def statuses(folder: Path) -> tuple[list[Status], list[str]]:
         left = [number for number in range(len(jobs)) if number not in done]
         failed = [last[jobs[number]] for number in left if jobs[number] in last]
         if plan:
+            told = {job.index: job.label for job in plan.jobs}
+            failed = [(replace(head, label=told[head.index]), file) for head, file in failed]
             missing = [plan.jobs[number] for number in left if jobs[number] not in last]
             running = is_held(folder, sweep_id)
             found.append(Status(sweep_id, plan.started_at, len(jobs), len(done), failed, missing, running))

@@ -1,5 +1,6 @@
 """What this process prints, without secrets: whoever prints it, tables, tracebacks and other libraries' warnings.
 
+Nor without telling what a terminal would obey or turn about: a record is a file, and may come from anybody.
 Nothing that is printed may cost a measurement: where nobody is left to read it, it is lost.
 """
 
@@ -7,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +20,38 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 
+OBEYED = re.compile(
+    "\x1b(?!\\[[0-9;?]*[A-Za-z])|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]"
+    "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+"""What a terminal obeys, or writes from right to left for; but for colours and moves of the cursor, as tables and the
+progress have them: those in their texts are taken from them beforehand (`visible`)."""
+
+
+def visible(text: str) -> str:
+    """`text` with escapes for what does not print; lines and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(one if one in "\n\t" or _prints(one) else _escaped(one) for one in text)
+
+
+def complain(text: str) -> None:
+    """Say on stderr what is wrong."""
+    print(f"rfloor: {visible(text)}", file=sys.stderr)
+
+
+def _prints(one: str) -> bool:
+    return one.isprintable() or unicodedata.category(one) == "Zs"
+
+
+def _escaped(one: str) -> str:
+    return one.encode("unicode_escape").decode()
+
+
 class Hiding:
     """A text stream that hides secrets in each piece that is written to it; in all else the stream behind it.
+
+    What a terminal would obey is escaped.
 
     One that takes no more is given up: its terminal or its reader is gone, or its disk is full.
     """
@@ -30,7 +63,7 @@ class Hiding:
     def write(self, text: str) -> int:
         """Write a piece; how long it was."""
         with self._given_up():
-            self.stream.write(self._redactor.text(text))
+            self.stream.write(OBEYED.sub(lambda match: _escaped(match[0]), self._redactor.text(text)))
         return len(text)
 
     def flush(self) -> None:

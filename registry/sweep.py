@@ -17,6 +17,7 @@ import shlex
 import signal
 import sys
 import traceback
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -43,7 +44,7 @@ from registry.record import What
 from registry.redact import known_secrets, redact
 from registry.resume import look
 from registry.sessions import order
-from registry.streams import hide
+from registry.streams import complain, hide
 from registry.validate import SERVERS
 
 if TYPE_CHECKING:
@@ -62,6 +63,18 @@ BAD_INPUT = 2
 ABOUT = ("help", "hydra_help", "shell_completion", "cfg", "info")
 """Flags with which Hydra tells about itself and runs nothing."""
 COMPLETIONS = ("install", "uninstall", "query")
+IN_LABELS = (
+    "quant",
+    "execution",
+    "attention",
+    "backend",
+    "model",
+    "gpu",
+    "context",
+    "protocol.context",
+    "experiment",
+)
+"""Keys whose values a cell's label has; an experiment's name stands beside it."""
 SHELLS = ("bash", "fish", "zsh")
 
 
@@ -98,6 +111,8 @@ class Sweep:
         seed: Of the jobs' order, drawn for this sweep: the next one has another order.
         measured: What a sweep that is taken up again has measured before, by the place of its job.
         problems: Files that lie where its records should and are none.
+        new: How many of its jobs a sweep that is taken up again has not had yet.
+        others: How many it has had that are not in this call.
         held: Its manifest, for as long as this process lives.
     """
 
@@ -107,12 +122,28 @@ class Sweep:
     seed: int
     measured: dict[int, Record] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    new: int = 0
+    others: int = 0
     held: ExitStack = field(default_factory=ExitStack)
 
     @property
     def resumed(self) -> str:
         """What a sweep that is taken up again tells of that."""
-        return f"{self.sweep_id} goes on: {len(self.measured)} of {len(self.jobs)} are measured"
+        told = f"{self.sweep_id} goes on: {len(self.measured)} of {len(self.jobs)} are measured"
+        if self.new or self.others:  # it was begun by another call, and shares most with this one
+            shared = len(self.jobs) - self.new
+            told += f"; it has {shared} of this call's {len(self.jobs)}, and {self.others} that this call has not"
+        return told
+
+    def labels(self) -> list[str]:
+        """Each job's cell in one line, with those of its overrides that not all have and that the line lacks."""
+        counts = Counter(text for job in self.jobs for text in {*job.overrides})
+        labels = []
+        for job in self.jobs:
+            own = [text for text in job.overrides if counts[text] < len(self.jobs)]
+            lacking = [redact(text) for text in own if text.partition("=")[0] not in IN_LABELS]
+            labels.append(" ".join([job.cell.label, *lacking]))
+        return labels
 
     @property
     def left(self) -> list[Job]:
@@ -157,18 +188,18 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             return list(arguments)
         _sweep = preflight(args, composer)
     except BadInput as error:
-        print(f"rfloor: {error}", file=sys.stderr)
+        complain(str(error))
         sys.exit(BAD_INPUT)
     hide(secret for cell in _sweep.cells for secret in known_secrets(dataclasses.asdict(cell.config)))
     for problem in _sweep.problems:
-        print(f"rfloor: no record: {problem}", file=sys.stderr)
+        complain(f"no record: {problem}")
     if any(cell.config.dry_run for cell in _sweep.cells):
         tell_plan(_sweep)
         sys.exit(0)
     try:
         _hold(_sweep)
     except BadInput as error:
-        print(f"rfloor: {error}", file=sys.stderr)
+        complain(str(error))
         sys.exit(BAD_INPUT)
     kept_back = composer.cell_overrides(args.overrides)
     return [argument for argument in arguments if argument not in kept_back]
@@ -250,7 +281,7 @@ def _hold(sweep: Sweep) -> None:
         if sweep.cells[0].config.resume:
             now = _taken_up(sweep, sweep.sweep_id)
             sweep.jobs, sweep.measured = now.jobs, now.measured
-        jobs = [Planned(job.index, *job.what, job.cell.label) for job in sweep.jobs]
+        jobs = [Planned(job.index, *job.what, label) for job, label in zip(sweep.jobs, sweep.labels(), strict=True)]
         return manifests.extended(folder, sweep.sweep_id, jobs)
 
     try:
@@ -331,7 +362,7 @@ def _taken_up(sweep: Sweep, name: str = "") -> Sweep:
     for experiment in {cell.experiment: cell.config.experiment for cell in sweep.cells if cell.experiment}.values():
         registrations.check_claims(before.sweep_id, experiment, folder)
     jobs = [jobs[then] for then in in_order]
-    return Sweep(sweep.cells, jobs, before.sweep_id, sweep.seed, measured, before.problems)
+    return Sweep(sweep.cells, jobs, before.sweep_id, sweep.seed, measured, before.problems, before.new, before.others)
 
 
 @cache
@@ -371,7 +402,7 @@ class SweepCallback(Callback):
 def _tell_failure(error: Exception) -> None:
     """Print what ended a sweep outside of its cells."""
     if isinstance(error, OSError):
-        print(f"rfloor: {error}; the same call with resume=true goes on", file=sys.stderr)
+        complain(f"{error}; the same call with resume=true goes on")
     else:
         traceback.print_exception(error)
 
@@ -432,7 +463,7 @@ def run(sweep: Sweep, composed: DictConfig) -> int:
         ended = [one.return_value for one in launcher.launch(jobs, initial_job_idx=0)] if jobs else []
     found, problems = _records(ended)
     for problem in problems:
-        print(f"rfloor: no record: {problem}", file=sys.stderr)
+        complain(f"no record: {problem}")
     found = sorted([*sweep.measured.values(), *found], key=lambda record: record.index)
     errors = {one["tracking_error"] for one in ended if one["tracking_error"]}
     _tell(found)

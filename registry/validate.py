@@ -9,8 +9,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_plus, urlsplit
+from urllib.parse import urlsplit
 
+from registry import parameters
 from registry.device_lock import ON_BUSY
 from registry.outcome import BadInput, Outcome, nearest
 from registry.private import shared
@@ -56,30 +57,6 @@ DRIVERS = {
     "mssql": ("mssql+pyodbc",),
 }
 """Databases that MLflow takes -> how their addresses may begin. SQLAlchemy imports the driver that stands there."""
-FILES = ("sslrootcert", "sslcert", "sslkey", "ssl_ca", "ssl_cert", "ssl_key")
-"""Parameters whose value is a file's name. To libpq an `sslkey` with a colon is a key of an OpenSSL engine, which is
-loaded: a file is named by its whole path, and without a colon."""
-PARAMETERS = {
-    "sqlite": ("timeout",),
-    "postgresql": (
-        *("connect_timeout", "application_name", "client_encoding", "host", "hostaddr", "port", "user", "password"),
-        *("sslmode", "sslnegotiation", "sslrootcert", "sslcert", "sslkey", "ssl_min_protocol_version"),
-        *("channel_binding", "gssencmode", "require_auth", "target_session_attrs", "load_balance_hosts"),
-        *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"),
-    ),
-    "mysql": (
-        *("charset", "collation", "use_unicode", "connect_timeout", "read_timeout", "write_timeout", "unix_socket"),
-        *("ssl_ca", "ssl_cert", "ssl_key", "ssl_check_hostname", "ssl_verify_cert", "ssl_verify_identity"),
-    ),
-    "mssql": (
-        *("driver", "encrypt", "trustservercertificate", "hostnameincertificate", "trusted_connection", "app"),
-        *("applicationintent", "multisubnetfailover", "mars_connection", "timeout", "logintimeout", "autocommit"),
-    ),
-}
-"""Databases -> what may stand behind the ? of their addresses. Whatever stands there goes on to the driver and the
-libraries below it, and of their parameters nobody has counted those that name what is imported, loaded or written."""
-INSTALLED = re.compile(r"[\w .()-]+")
-"""An ODBC driver by the name under which it is installed, and no library's file."""
 STORES = (
     "file",
     "s3",
@@ -106,6 +83,9 @@ LARGEST = 2**63 - 1
 """Of any whole number: what a 64-bit register holds."""
 LONGEST_S = 2_000_000
 """Of a cell's timeout: poll(2), in which its parent waits, counts milliseconds in 32 bits."""
+MOST_THREADS = 1024
+"""Of a process that computes: no host has more cores, and OpenMP ends the process where there is no room for their
+stacks."""
 MOST_PROFILED = 1000
 """Steps: a median needs no more, and the trace of each is written and read back."""
 
@@ -215,8 +195,8 @@ def _protocol(config: Config) -> Iterator[str]:
         yield f"protocol.timeout_s={p.timeout_s}: at most {LONGEST_S}, which is 23 days"
     if p.profiled_steps > MOST_PROFILED:
         yield f"protocol.profiled_steps={p.profiled_steps}: at most {MOST_PROFILED}"
-    if p.threads is not None and p.threads < 1:
-        yield f"protocol.threads={p.threads}: at least 1, or null for one a physical core"
+    if p.threads is not None and not 1 <= p.threads <= MOST_THREADS:
+        yield f"protocol.threads={p.threads}: 1 to {MOST_THREADS}, or null for one a physical core"
     if p.measures not in MEASURES:
         yield f"protocol.measures={p.measures}: {nearest(p.measures, MEASURES)}"
     if p.measures == "attention" and config.execution.cache not in (AUTO, "dynamic"):
@@ -378,27 +358,7 @@ def _driver(uri: str, scheme: str) -> str:
     behind = uri.partition("?")[2]
     if "@" in behind:  # up to which SQLAlchemy may look for a password, and who hides one does
         return f"an @ stands behind its ?; {ESCAPED}, and an @ of a parameter too"
-    return next(filter(None, (_parameter(one, scheme) for one in re.split("[?&;]", behind) if one)), "")
-
-
-def _parameter(text: str, scheme: str) -> str:
-    """Why one of the parameters of a database's address is not passed on; empty if it is."""
-    name, _, value = map(unquote_plus, text.partition("="))
-    key = name.lower()
-    if key not in PARAMETERS[scheme]:
-        return f"{name}= is not passed on to a database's driver; taken are {', '.join(PARAMETERS[scheme])}"
-    if key in FILES and not _named(value):
-        return f"{name}= names no file that is there by its whole path, without a colon"
-    if key == "driver" and not INSTALLED.fullmatch(value):
-        return f"{name}= is the name under which an ODBC driver is installed"
-    return ""
-
-
-def _named(file: str) -> bool:
-    try:
-        return file.startswith("/") and ":" not in file and Path(file).is_file()
-    except (OSError, ValueError):
-        return False
+    return parameters.problem(behind, scheme)
 
 
 def _address(uri: str, server: bool) -> Iterator[str]:

@@ -1,6 +1,9 @@
 """The tables at the end of a call, and the lines below them."""
 
+import io
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from planning import Plan
@@ -8,9 +11,12 @@ from rich.console import Console
 from rich.measure import Measurement
 from test_record import made_up_record
 
-from registry.display import PIPE_WIDTH, notes, results, tell_status
+from registry.display import PIPE_WIDTH, Reporter, console, notes, results, tell_status
+from registry.outcome import Outcome
 from registry.record import Record
+from registry.redact import Redactor
 from registry.status import Status
+from registry.streams import Hiding, complain, visible
 
 
 def shown(records: Sequence[Record]) -> list[tuple[list[str], list[str]]]:
@@ -67,3 +73,47 @@ def test_a_sweep_whose_name_looks_like_markup_is_told_as_it_stands(capsys: pytes
     """As a damaged record may have it."""
     tell_status([Status("[/]", "[red]2026", 1, 1)], in_full=True)
     assert "[/]" in capsys.readouterr().out
+
+
+# What a terminal would obey
+
+OBEYED = {
+    "title": ("\x1b]0;owned\x07", r"\x1b]0;owned\x07"),
+    "colour": ("\x1b[31m[red]", r"\x1b[31m[red]"),
+    "control": ("a\rb\x9b2J", r"a\rb\x9b2J"),
+    "right to left": ("a\u202eb\u2066", r"a\u202eb\u2066"),
+}
+
+
+@pytest.mark.parametrize("kind", OBEYED)
+def test_what_a_terminal_would_obey_is_told_as_an_escape(
+    plan: Plan, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """A record may come from anybody; so may the name of a file."""
+    text, escaped = OBEYED[kind]
+    record = step(plan, 0, "eager")
+    record.label = record.reason = text
+    record.outcome = Outcome.CRASH
+    record.config["model"]["name"] = text
+    tell_status([Status(text, "2026", 1, 0, [(record, Path(text))])], in_full=True)
+    for table in results([record, step(plan, 1, "eager")], PIPE_WIDTH):
+        console().print(table)
+    for line in notes([record]):
+        console().print(line, markup=False, highlight=False)
+    with Reporter(1) as reporter:
+        reporter.begin(text)
+        reporter.stage(f"build {text}")
+        reporter.done(record)
+    complain(text)
+    out, err = capsys.readouterr()
+    assert text not in out + err
+    assert escaped in out
+    assert err.count(escaped) == 5
+    assert visible(out + err) == out + err
+
+
+def test_what_others_print_says_nothing_to_a_terminal_but_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", Hiding(stream, Redactor()))
+    print("\x1b[1;31mred\x1b[0m \x1b]0;owned\x07 \x1bc \u202eb\r\tc\xa0d é")
+    assert stream.getvalue() == "\x1b[1;31mred\x1b[0m \\x1b]0;owned\\x07 \\x1bc \\u202eb\r\tc\xa0d é\n"

@@ -120,6 +120,42 @@ def test_status_counts_records_of_one_identity_as_resume_does(tmp_path: Path, pl
     assert one.state == ("cut short" if left else "ended")
 
 
+def test_a_sweep_that_another_call_began_says_what_it_shares(tmp_path: Path, composer: Composer) -> None:
+    call = ["-m", "model=tiny", "gpu=cpu", "context=32", f"records={tmp_path}"]
+    begun = sweep.preflight(sweep._parse([*call, "protocol.seed=1,2"]), composer)
+    sweep._hold(begun)
+    begun.held.close()
+    for job in begun.jobs:
+        kept(tmp_path, job.cell.cell_id, begun.sweep_id, job.index)
+    same = sweep.preflight(sweep._parse([*call, "protocol.seed=1,2", "resume=true"]), composer)
+    assert same.resumed == f"{begun.sweep_id} goes on: 2 of 2 are measured"
+    other = sweep.preflight(sweep._parse([*call, "protocol.seed=2,7,8", "resume=true"]), composer)
+    shares = "1 of 3 are measured; it has 1 of this call's 3, and 1 that this call has not"
+    assert other.resumed == f"{begun.sweep_id} goes on: {shares}"
+    sweep._hold(other)
+    with other.held:
+        assert other.resumed.endswith(shares)
+
+
+def test_what_is_left_is_told_so_that_no_two_cells_look_alike(
+    tmp_path: Path, composer: Composer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["-m", "model=tiny", "gpu=cpu", "protocol.seed=1,2", "context=32,64", f"records={tmp_path}"]
+    call += ["protocol.sessions=2", "quant.study_bits=8"]
+    begun = sweep.preflight(sweep._parse(call), composer)
+    sweep._hold(begun)
+    begun.held.close()
+    first = begun.jobs[0]
+    kept(tmp_path, first.cell.cell_id, begun.sweep_id, session=first.session, outcome=Outcome.CRASH)
+    assert cli.main(["status", str(tmp_path), begun.sweep_id]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " place " in line]
+    assert len({line.partition(" session ")[2] for line in lines}) == len(lines) == 8
+    seed, session = first.cell.config.protocol.seed, first.session
+    crash = f"crash place 0 session {session} {first.cell.label} protocol.seed={seed}: {tmp_path}"
+    assert lines[0].startswith(crash)
+    assert all("study_bits" not in line for line in lines)
+
+
 def test_a_copy_of_a_record_answers_no_second_cell(tmp_path: Path) -> None:
     begun(tmp_path, OLD, A, A)
     kept(tmp_path, A)

@@ -646,6 +646,12 @@ def test_how_a_folder_s_weights_are_stored_is_part_of_its_cell_s_identity(
         ("TORCHINDUCTOR_MAX_AUTOTUNE", ("1",)),
         ("CUDA_DEVICE_MAX_CONNECTIONS", ("1",)),
         ("TRITON_INTERPRET", ("1",)),
+        ("CUDA_SCALE_LAUNCH_QUEUES", ("4x", "0.25x")),
+        ("LD_PRELOAD", ("",)),
+        ("MALLOC_ARENA_MAX", ("1",)),
+        ("BNB_CUDA_VERSION", ("128",)),
+        ("NVCC_APPEND_FLAGS", ("-O1",)),
+        ("NVCC_PREPEND_FLAGS", ("-O1",)),
     ],
 )
 def test_a_variable_that_changes_a_step_is_part_of_a_cell_s_identity(
@@ -665,7 +671,11 @@ def test_a_variable_that_changes_a_step_is_part_of_a_cell_s_identity(
 
 @pytest.mark.parametrize(
     "name",
-    ["HOME", "HF_TOKEN", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "OMP_NUM_THREADS", "LANG", "SLURM_JOB_ID"],
+    [
+        *("HOME", "HF_TOKEN", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "OMP_NUM_THREADS", "LANG"),
+        *("SLURM_JOB_ID", "KMP_DUPLICATE_LIB_OK", "OMP_DISPLAY_ENV", "TORCHDYNAMO_VERBOSE", "FLASHINFER_LOGLEVEL"),
+        "TRITON_PRINT_AUTOTUNING",
+    ],
 )
 def test_a_variable_that_changes_no_step_is_no_identity(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, name: str
