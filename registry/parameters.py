@@ -28,7 +28,8 @@ LONGEST_S = 31_536_000
 """Seconds that PyMySQL waits at most: a year."""
 INSTALLED = re.compile(r"[\w .()-]+")
 """An ODBC driver by the name under which it is installed, and no library's file."""
-REQUIRED_AUTH = ("password", "md5", "gss", "sspi", "scram-sha-256", "oauth", "none")
+METHODS = ("gss", "md5", "none", "oauth", "scram-sha-256", "sspi", "password")
+"""By which a PostgreSQL server may ask who is there."""
 
 
 def _text(value: str) -> str:
@@ -90,10 +91,6 @@ def _installed(value: str) -> str:
     return "" if INSTALLED.fullmatch(value) else "is the name under which an ODBC driver is installed"
 
 
-def _required(value: str) -> str:
-    return _each(_choice(*REQUIRED_AUTH, *(f"!{one}" for one in REQUIRED_AUTH)))(value)
-
-
 BOOLEAN = _any_case(*BOOLEANS)
 PARAMETERS: dict[str, dict[str, Rule]] = {
     "sqlite": {"timeout": _seconds},
@@ -108,7 +105,7 @@ PARAMETERS: dict[str, dict[str, Rule]] = {
         "ssl_min_protocol_version": _any_case("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"),
         "channel_binding": _choice("disable", "prefer", "require"),
         "gssencmode": _choice("disable", "prefer", "require"),
-        "require_auth": _required,
+        "require_auth": _each(_choice(*METHODS, *(f"!{one}" for one in METHODS))),
         "target_session_attrs": _choice("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
         "load_balance_hosts": _choice("disable", "random"),
         "keepalives": _whole(0, 1),
