@@ -45,7 +45,7 @@ FIELD = re.compile(r"[A-Za-z][a-z0-9_]{0,23}")
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 ALWAYS = re.compile(r".*(?:password|passwd|passphrase|passcode|secret|credential|apikey)s?|authorization")
 """Words that make a name a secret's wherever they stand in it, also at the end of a longer one (`sslpassword`)."""
-ENDING = re.compile(r"(.*?)(key|token|pass|pwd|auth)(s?)|()(pat|pw|jwt|cookie)(s?)")
+ENDING = re.compile(r"(.*?)(key|token|pass|pwd|auth|\b(?:pat|pw|jwt|cookie))(s?)")
 """Last words of names that may be a secret's, which what stands before them decides, as part of the word or not; of
 the shorter ones, with which other words end, only as a word of its own."""
 OWNERS = {
@@ -229,7 +229,7 @@ def _ends_as_secret(words: list[str], variable: bool) -> bool:
     ending = ENDING.fullmatch(words[-1])
     if not ending:
         return False
-    joined, kind, plural = ending.groups()[:3] if ending[2] else ending.groups()[3:]
+    joined, kind, plural = ending.groups()
     before = joined or "".join(words[-2:-1])
     if before in BEFORE[kind] or before in NOT_BEFORE[kind]:
         return before in BEFORE[kind]
