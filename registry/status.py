@@ -72,7 +72,11 @@ def statuses(folder: Path) -> tuple[list[Status], list[str]]:
     for sweep_id in sorted({*heads, *plans}):
         own = sorted(heads[sweep_id], key=_attempt)
         plan = plans.get(sweep_id)
-        jobs = [(one.index, one.what) for one in plan.jobs] if plan else [*{(h.index, h.what): h for h, _ in own}]
+        jobs = (
+            [(one.index, one.what) for one in plan.jobs]
+            if plan
+            else [*dict.fromkeys((head.index, head.what) for head, _ in own)]
+        )
         done = answered(jobs, ok, sweep_id)
         last = {(head.index, head.what): (head, file) for head, file in own if head.outcome is not Outcome.OK}
         left = [number for number in range(len(jobs)) if number not in done]
