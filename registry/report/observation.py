@@ -19,7 +19,7 @@ from registry.report.labels import telling, tiers
 from registry.schema import what_decides
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from registry.record import Record
     from registry.schema import ExperimentConfig
@@ -223,16 +223,21 @@ def _labels(found: Sequence[Pair], group: str) -> list[str]:
     return told
 
 
-def apart_from(one: Measured, *dropped: str) -> str:
-    """What a cell has in common with those that differ from it in some groups or dotted keys alone."""
-    config = what_decides(one.config)
+def without(config: Mapping[str, Any], *dropped: str) -> dict[str, Any]:
+    """What decides of a record's configuration, but for some groups or dotted keys."""
+    found = what_decides(config)
     for key in dropped:
         group, _, rest = key.partition(".")
         if rest:
-            config[group] = {name: value for name, value in config[group].items() if name != rest}
+            found[group] = {name: value for name, value in found[group].items() if name != rest}
         else:
-            config.pop(group, None)
-    return json.dumps([config, one.device], sort_keys=True)
+            found.pop(group, None)
+    return found
+
+
+def apart_from(one: Measured, *dropped: str) -> str:
+    """What a cell has in common with those that differ from it in some groups or dotted keys alone."""
+    return json.dumps([without(one.config, *dropped), one.device], sort_keys=True)
 
 
 def same_software(one: Measured, other: Measured) -> bool:

@@ -10,9 +10,8 @@ from registry.experiments import applies, matches
 from registry.outcome import Outcome
 from registry.registration import INTERVAL
 from registry.report.labels import counted
-from registry.report.observation import pairs
+from registry.report.observation import pairs, without
 from registry.report.paired import judged
-from registry.schema import what_decides
 from registry.stats import Verdict
 
 if TYPE_CHECKING:
@@ -122,8 +121,7 @@ def _verdict(claim: ClaimConfig, one: Registration, own: Sequence[Observation]) 
 
 def _block(config: Mapping[str, Any], one: Registration) -> str:
     """What the arms of a block have in common."""
-    shared = {key: value for key, value in what_decides(config).items() if key != one.experiment.arms}
-    return json.dumps(shared, sort_keys=True)
+    return json.dumps(without(config, one.experiment.arms or ""), sort_keys=True)
 
 
 def _lost(runs: Sequence[Observation], one: Registration) -> dict[str, set[int]]:
