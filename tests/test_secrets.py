@@ -343,7 +343,17 @@ def test_a_log_without_secrets_is_kept_byte_by_byte(tmp_path: Path, content: byt
     assert (tmp_path / "a.log").read_bytes() == content
 
 
-@pytest.mark.parametrize("at", [0, 1, 1000, *range(logs.CHUNK - 60, logs.CHUNK + 5), 3 * logs.CHUNK - 20])
+PIECE = 2 * logs.KEY_REACH
+"""Bytes that are looked at at a time, where a test writes many logs of some pieces."""
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "CHUNK", PIECE)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("at", [0, 1, 1000, *range(PIECE - 60, PIECE + 5), 3 * PIECE - 20])
 @pytest.mark.parametrize("separator", [b"\n", b"."], ids=["lines", "one line"])
 def test_a_secret_is_found_wherever_it_stands_in_a_log(tmp_path: Path, at: int, separator: bytes) -> None:
     filler = (b"ordinary" + separator) * (at // 9 + 1)
@@ -353,9 +363,10 @@ def test_a_secret_is_found_wherever_it_stands_in_a_log(tmp_path: Path, at: int, 
     assert (tmp_path / "a.log").read_bytes() == filler[:at] + b" *** " + filler
 
 
+@pytest.mark.usefixtures("small_pieces")
 def test_a_private_key_is_hidden_across_the_pieces_of_a_log(tmp_path: Path) -> None:
     key = b"-----BEGIN PRIVATE KEY-----\n" + b"a2FuYXJ5a2FuYXJ5\n" * 80 + b"-----END PRIVATE KEY-----\n"
-    for before in range(logs.CHUNK - len(key) - 30, logs.CHUNK + 30, 41):
+    for before in range(PIECE - len(key) - 30, PIECE + 30, 41):
         with logs.opened(tmp_path / "a.log") as output:
             output.write((b"x" * 40 + b"\n") * (before // 41) + key + b"after\n")
         text = (tmp_path / "a.log").read_bytes()
