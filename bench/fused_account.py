@@ -45,10 +45,9 @@ WHOLE, REST, SERIAL = "whole", "rest", "each kernel behind the one ahead"
 def planned(args: argparse.Namespace) -> Cell:
     """The cell that a sweep would measure."""
     composer = Composer(Catalog())
-    profiles = {config.gpu.name: config.gpu for config in composer.profiles()}
     chosen = [f"model={args.model}", f"quant={args.quant}", "backend=fused", "execution=cuda_graph"]
     chosen += [f"context={args.context}", f"protocol.batch_size={args.batch}"]
-    cell = Planner(composer.catalog, profiles, find_device()).plan(composer.cell(chosen))
+    cell = Planner(composer.catalog, composer.profiles(), find_device()).plan(composer.cell(chosen))
     if cell.refusal:
         raise SystemExit(f"{cell.refusal.reason}. {cell.refusal.remedy}")
     return cell

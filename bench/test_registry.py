@@ -57,8 +57,7 @@ def made_up_record() -> records.Record:
 
 def test_plan_a_cell(benchmark: BenchmarkFixture) -> None:
     composer = Composer(Catalog())
-    profiles = {config.gpu.name: config.gpu for config in composer.profiles()}
-    planner = Planner(Catalog(), profiles, find_device())
+    planner = Planner(Catalog(), composer.profiles(), find_device())
     benchmark(lambda: planner.plan(composer.cell(["model=tiny", "gpu=cpu", "context=64"])))
 
 

@@ -30,7 +30,7 @@ from registry.axes import TOLD, check_count, check_product, texts
 from registry.environments import ROOT
 from registry.outcome import BadInput, nearest
 from registry.plugins import KINDS, Catalog
-from registry.schema import GROUPS, Config, from_plain
+from registry.schema import GROUPS, Config, GpuConfig, from_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -87,9 +87,10 @@ class Composer:
         """The options of a config group, YAML and plugins alike."""
         return sorted(self._loader.get_group_options(group, ObjectType.CONFIG))
 
-    def profiles(self) -> list[Config]:
-        """The default cell once for each concrete GPU profile."""
-        return [self.cell([f"gpu={name}"]) for name in self.options("gpu") if name != "auto"]
+    def profiles(self) -> dict[str, GpuConfig]:
+        """Every concrete GPU profile, by its name."""
+        profiles = [self.cell([f"gpu={option}"]).gpu for option in self.options("gpu") if option != "auto"]
+        return {profile.name: profile for profile in profiles}
 
     def jobs(self, overrides: Sequence[str], multirun: bool) -> list[list[str]]:
         """Every cell's overrides, in Hydra's order: the last axis varies fastest.

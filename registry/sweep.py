@@ -375,8 +375,7 @@ def _composer() -> Composer:
 def _planner() -> Planner:
     """This process's planner; a launcher's remote process makes its own."""
     composer = _composer()
-    profiles = {config.gpu.name: config.gpu for config in composer.profiles()}
-    return Planner(composer.catalog, profiles, find_device())
+    return Planner(composer.catalog, composer.profiles(), find_device())
 
 
 class SweepCallback(Callback):

@@ -55,7 +55,7 @@ def architecture(composer: Composer) -> Architecture:
 @pytest.fixture(scope="session")
 def profiles(composer: Composer) -> dict[str, GpuConfig]:
     """Every GPU profile, by name."""
-    return {config.gpu.name: config.gpu for config in composer.profiles()}
+    return composer.profiles()
 
 
 @pytest.fixture

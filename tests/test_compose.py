@@ -86,9 +86,9 @@ def test_every_number_of_a_gpu_profile_has_a_source_and_no_other_line(composer: 
 
 
 def test_profiles_are_the_concrete_ones_and_share_no_device_name(composer: Composer) -> None:
-    profiles = [cell.gpu for cell in composer.profiles()]
-    assert sorted(p.name for p in profiles) == [name for name in composer.options("gpu") if name != "auto"]
-    assert max(Counter(name for p in profiles for name in p.nvml_names).values()) == 1
+    profiles = composer.profiles()
+    assert sorted(profiles) == [name for name in composer.options("gpu") if name != "auto"]
+    assert max(Counter(name for p in profiles.values() for name in p.nvml_names).values()) == 1
 
 
 def test_context_is_short_for_protocol_context(composer: Composer) -> None:

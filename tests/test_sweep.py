@@ -774,8 +774,8 @@ def test_an_identity_is_the_same_in_another_process(plan: Plan, light: dict[str,
     code = (
         "from registry.compose import Composer; from registry.hardware import Device\n"
         "from registry.plan import Planner; from registry.plugins import Catalog\n"
-        "composer = Composer(Catalog()); profiles = {c.gpu.name: c.gpu for c in composer.profiles()}\n"
-        f"print(Planner(Catalog(), profiles, {H200}).plan(composer.cell(['quant=nf4'])).cell_id)"
+        "composer = Composer(Catalog())\n"
+        f"print(Planner(Catalog(), composer.profiles(), {H200}).plan(composer.cell(['quant=nf4'])).cell_id)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

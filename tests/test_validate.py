@@ -52,8 +52,8 @@ def test_every_profile_and_model_is_in_order(composer: Composer) -> None:
     for group in ("gpu", "model", "protocol", "quant", "execution", "tracking"):
         for option in composer.options(group):
             validate(composer.cell([f"{group}={option}"]))
-    for profile in composer.profiles():
-        validate_profile(profile.gpu)
+    for profile in composer.profiles().values():
+        validate_profile(profile)
 
 
 LEAST = {
