@@ -391,7 +391,9 @@ def test_a_log_that_cannot_be_cleaned_is_not_kept(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "content", [b"HF_TOKEN=kanary", gzip.compress(b"HF_TOKEN=kanary"), gzip.compress(b"{}")[:-6]]
+    "content",
+    [b"HF_TOKEN=kanary", gzip.compress(b"HF_TOKEN=kanary"), gzip.compress(b"{}")[:-6]],
+    ids=["plain", "no JSON", "cut off"],
 )
 def test_a_trace_that_cannot_be_cleaned_is_not_kept(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "raw").write_bytes(content)
