@@ -31,6 +31,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LENGTH_BYTES = 8
 """Of a safetensors header's length, with which a file begins."""
 SAMPLE_BYTES = 256
+FULL_ATTENTION = "full_attention"
+"""In the words of a config.json, to which every family of rfloor attends in each of its layers."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -269,6 +271,7 @@ def check_folder(folder: Path, architecture: Architecture, quant: Any = None) ->
     wanted = {field: getattr(architecture, field) for field in found}
     found["tied_embeddings"] = bool(found["tied_embeddings"])
     wrong = [f"{field} {found[field]} (wanted {wanted[field]})" for field in wanted if found[field] != wanted[field]]
+    wrong += _computed_otherwise(config, architecture)
     if wrong:
         raise BadInput(f"{folder} holds another architecture than {architecture.name}: {', '.join(wrong)}")
     form = _form(folder, config, quant)
@@ -405,6 +408,25 @@ def _keeps_a_stale_index(folder: Path) -> bool:
     """ExLlamaV2's converter copies the unquantised model's index beside shards of other names, and reads none."""
     quantised = _read_json(folder / "config.json").get("quantization_config")
     return isinstance(quantised, dict) and quantised.get("quant_method") == "exl2"
+
+
+def _computed_otherwise(config: dict[str, Any], architecture: Architecture) -> list[str]:
+    """What a folder's model computes otherwise than the families that rfloor knows, where no shape tells it."""
+    rope = config.get("rope_parameters")
+    partial = config.get("partial_rotary_factor") or (rope or {}).get("partial_rotary_factor") or 1
+    window = config.get("sliding_window")
+    if not config.get("use_sliding_window", architecture.model_type != "qwen2"):  # as transformers takes its absence
+        window = None
+    layers = config.get("layer_types") or [FULL_ATTENTION]
+    told = {
+        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "partial_rotary_factor": (partial, 1),
+        "layer_types": (layers, [FULL_ATTENTION] * len(layers)),
+    }
+    wrong = [f"{name} {found} (wanted {wanted})" for name, (found, wanted) in told.items() if found != wanted]
+    if window is not None and window < architecture.max_context:
+        wrong.append(f"sliding_window {window} (wanted none below {architecture.max_context})")
+    return wrong
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,64 @@ def test_how_a_folder_is_quantised_is_told(folder: Path, small: Architecture, fo
     assert check_folder(folder, small, form) != before
 
 
+OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
+    "a window in each layer": ({"model_type": "mistral", "sliding_window": 4}, "sliding_window 4 (wanted none below"),
+    "a window that is used": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4},
+        "sliding_window 4 (wanted none below",
+    ),
+    "layers that attend to a window": (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types ['full_attention', 'sliding_attention'] (wanted ['full_attention', 'full_attention'])",
+    ),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act gelu (wanted silu)"),
+    "half of a head turned": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 (wanted 1)"),
+    "the same as transformers 5 writes it": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor 0.5 (wanted 1)",
+    ),
+}
+ALIKE: dict[str, dict[str, Any]] = {
+    "no window": {"model_type": "mistral", "sliding_window": None},
+    "a window that is not used": {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4},
+    "a window of which nothing is told": {"model_type": "qwen2", "sliding_window": 4},
+    "a window as long as the text": {"model_type": "mistral", "sliding_window": 1 << 20},
+    "what is told in full": {
+        "layer_types": ["full_attention"] * 2,
+        "hidden_act": "silu",
+        "partial_rotary_factor": 1.0,
+    },
+}
+
+
+def with_config(folder: Path, small: Architecture, change: dict[str, Any]) -> Architecture:
+    """A folder of `small`, whose config.json says something else; and what it is a model of."""
+    shape = dataclasses.replace(small, model_type=change.get("model_type", small.model_type))
+    write_checkpoint(folder, shape, RandomWeights(0), FORMS["gptq"](), "cpu", quiet)
+    config = json.loads((folder / "config.json").read_text())
+    unsaid = ("sliding_window", "use_sliding_window", "layer_types")
+    config = {key: value for key, value in config.items() if key not in unsaid} | change
+    (folder / "config.json").write_text(json.dumps(config))
+    return shape
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_a_folder_whose_shapes_fit_and_whose_model_computes_otherwise_is_refused(
+    small: Architecture, tmp_path: Path, what: str
+) -> None:
+    change, told = OTHERWISE[what]
+    shape = with_config(tmp_path / "model", small, change)
+    with pytest.raises(BadInput, match="holds another architecture") as caught:
+        check_folder(tmp_path / "model", shape, FORMS["gptq"]())
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ALIKE)
+def test_a_folder_that_only_says_so_otherwise_is_taken(small: Architecture, tmp_path: Path, what: str) -> None:
+    shape = with_config(tmp_path / "model", small, ALIKE[what])
+    check_folder(tmp_path / "model", shape, FORMS["gptq"]())
+
+
 def test_a_scaled_rotary_embedding_is_told_as_old_and_new_readers_want_it(
     small: Architecture, tmp_path: Path
 ) -> None:
