@@ -187,9 +187,11 @@ def test_a_scale_that_is_no_number_is_refused(plugin, value):
 
 def test_an_index_of_groups_in_order_is_not_an_activation_order():
     tensors = Gptq(Gptq.Options(group_size=32)).encode(torch.randn(64, 128), "")
-    assert in_order(tensors["g_idx"])
-    assert not in_order(tensors["g_idx"].flip(0))
-    assert not in_order(tensors["g_idx"][torch.randperm(128)])
+    assert in_order(tensors["g_idx"], 32)
+    assert not in_order(tensors["g_idx"], 64)
+    assert not in_order(tensors["g_idx"].flip(0), 32)
+    assert not in_order(tensors["g_idx"][torch.randperm(128)], 32)
+    assert not in_order(torch.zeros(128), 32)
 
 
 def test_the_exllamav2_kernel_is_handed_an_index_only_where_it_says_something():

@@ -78,7 +78,7 @@ class Gptq(GroupwiseLinear, GptqLayout):
             found["scales"] = found["scales"].to(dtype)
             return found
         found["qzeros"] = found["qzeros"] + ONE_EACH
-        if layer == self.kernels["exllamav2"].layer and in_order(found["g_idx"]):
+        if layer == self.kernels["exllamav2"].layer and in_order(found["g_idx"], self.group_size):
             found["g_idx"] = torch.zeros_like(found["g_idx"])
         return found
 

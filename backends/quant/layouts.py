@@ -146,11 +146,10 @@ def check_scales(scales: Tensor) -> None:
         raise unsupported("the checkpoint is damaged: a scale is infinite or no number")
 
 
-def in_order(g_idx: Tensor) -> bool:
-    """Whether GPTQ's groups follow each other as the input features do, as they do without activation order."""
+def in_order(g_idx: Tensor, size: int) -> bool:
+    """Whether GPTQ's groups, of `size` input features, follow each other as these do, as without activation order."""
     import torch
 
-    size = int((g_idx == g_idx[0]).sum())
     order = torch.arange(len(g_idx), device=g_idx.device) // size
     return torch.equal(g_idx.long(), order)
 
