@@ -168,6 +168,8 @@ def build(request: Request) -> None:
         stage(f"build {what} (kept; minutes the first time)")
         try:
             plugin.build(options, request.device)
+        except Refused:
+            raise
         except Exception as error:
             traceback.print_exception(error)
             raise Refused(Outcome.MISSING_DEPENDENCY, f"{what} cannot be compiled: {telling_line(error)}") from error

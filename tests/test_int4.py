@@ -2,6 +2,8 @@
 
 import inspect
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,20 +155,65 @@ def test_what_meets_in_a_tile() -> None:
         assert [two - one for one, two in zip(*tile, strict=True)] == [16] * 8
 
 
-@pytest.mark.parametrize("what", ["order", "zeros", "scales"])
-def test_a_checkpoint_that_it_does_not_follow_is_refused(what: str) -> None:
+def scaled(stored: dict[str, Any], dtype: str, scale: float) -> None:
     import torch
 
+    stored["scales"] = stored["scales"].to(getattr(torch, dtype))
+    stored["scales"][0, 0] = scale
+
+
+def zeros_of_its_own(stored: dict[str, Any]) -> None:
+    import torch
+
+    stored["qzeros"] = groupwise.pack_columns(torch.full((2, 64), 6, dtype=torch.uint8))
+
+
+NOT_FOLLOWED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "an activation order": (lambda stored: stored["g_idx"].copy_(stored["g_idx"].flip(0)), "128 input features"),
+    "smaller groups": (
+        lambda stored: stored["g_idx"].copy_(stored["g_idx"].new_tensor(range(256)) // 64),
+        "128 input",
+    ),
+    "one group": (lambda stored: stored["g_idx"].zero_(), "128 input features each in their order"),
+    "zeros": (zeros_of_its_own, "zeros of its own"),
+    "an infinite scale": (lambda stored: scaled(stored, "float16", math.inf), "infinite or no number"),
+    "a scale that float16 has not": (lambda stored: scaled(stored, "bfloat16", 1e5), "infinite or no number"),
+    "a scale that float16 loses": (lambda stored: scaled(stored, "bfloat16", 1e-9), "below float16's least"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_FOLLOWED)
+def test_a_checkpoint_that_it_does_not_follow_is_refused(what: str) -> None:
+    int4, layer = Int4(Int4.Options()), linear(64, 256)
+    change, told = NOT_FOLLOWED[what]
+    stored = Gptq(Gptq.Options()).encode(layer.weight.data, "")
+    change(stored)
+    with pytest.raises(Refused, match=told):
+        int4.from_tensors(layer, stored)
+
+
+def test_scales_may_be_stored_in_bfloat16() -> None:
     gptq, int4, layer = Gptq(Gptq.Options()), Int4(Int4.Options()), linear(64, 256)
     stored = gptq.encode(layer.weight.data, "")
-    if what == "order":
-        stored["g_idx"] = stored["g_idx"].flip(0)
-    elif what == "zeros":
-        stored["qzeros"] = groupwise.pack_columns(torch.full((2, 64), 6, dtype=torch.uint8))
-    else:
-        stored["scales"][0, 0] = torch.inf
-    with pytest.raises(Refused):
-        int4.from_tensors(layer, stored)
+    stored["scales"] = stored["scales"].bfloat16()
+    found = int4.dequantize(int4.from_tensors(layer, stored))
+    assert (found.float() - gptq.decode(stored)).abs().max() <= 2**-8 * found.float().abs().max()
+
+
+def test_more_streams_than_its_kernel_takes_are_told_before_loading(plan: Plan) -> None:
+    refusal = refused(plan("backend=hf", "quant=int4", "protocol.batch_size=9", device=H200), Outcome.UNSUPPORTED)
+    assert refusal.reason == "int4's kernel takes up to 8 streams, not 9"
+    assert "protocol.batch_size=8" in refusal.remedy
+    other = plan("backend=hf", "quant=int4", "protocol.batch_size=8", device=H200).refusal
+    assert other is None or other.outcome is Outcome.MISSING_DEPENDENCY
+
+
+def test_a_missing_nvcc_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    with pytest.raises(Refused, match="nvcc, which compiles") as caught:
+        Int4.build(Int4.Options(), "cuda")
+    assert caught.value.refusal.outcome is Outcome.MISSING_DEPENDENCY
+    assert "CUDA_HOME" in caught.value.refusal.remedy
 
 
 @pytest.mark.parametrize("change", [{"sym": False}, {"desc_act": True}, {"group_size": 64}])

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 GROUP = 128
 ROWS = 16
 """Output features of a tile."""
+MOST_ROWS = 8
+"""Rows of activations for which a weight is multiplied as it lies in memory; for more it is dequantised."""
 STEPS = 8
 """Tensor core products of a tile."""
 MIDDLE = 8

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
     from backends.int4.kernel.launches import Arguments
 
-MOST_ROWS = 8
-"""Rows of activations that the kernel takes at a time, if a processor's shared memory has room for them."""
-
 
 class Int4Linear(torch.nn.Module):
     """A linear layer on a packed weight; see `backends.int4.layout`.
@@ -49,7 +46,7 @@ class Int4Linear(torch.nn.Module):
         """`[..., columns]` to `[..., rows]`."""
         columns = x.shape[-1]
         rows = x.numel() // columns
-        if self.words.is_cuda and rows <= MOST_ROWS and x.dtype == torch.bfloat16:
+        if self.words.is_cuda and rows <= layout.MOST_ROWS and x.dtype == torch.bfloat16:
             flat = x.reshape(rows, columns).contiguous()
             parts = torch.split(flat, max(1, SHARED_BYTES // (2 * columns)))
             found = [

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from backends.int4.kernel.files import FILES
-from backends.int4.layout import ROWS
+from backends.int4.layout import GROUP, MOST_ROWS, ROWS
 from backends.quant import groupwise
 from backends.quant.layouts import GptqLayout, GroupwiseOptions, check_scales, in_order
-from registry.api import BadInput, LinearFormat, nearest, unsupported
+from registry.api import BadInput, LinearFormat, Outcome, Refused, Request, nearest, unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, nn
 
-GROUP = 128
 HEADS = (4, 16)
 ZERO = groupwise.MIDDLE - 1
 """What GPTQ's checkpoints store for the symmetric zero."""
+OTHERWISE = "Use quant=gptq, which multiplies any of GPTQ's folders"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Int4Options(GroupwiseOptions):
 class Int4(GptqLayout, LinearFormat):
     """Symmetric int4 with a float16 scale for 128 input features, out of GPTQ's checkpoints or rounded here.
 
-    On CUDA up to eight rows go through the kernel, more through a dequantised weight; on the CPU all do.
+    On CUDA up to `MOST_ROWS` rows go through the kernel, more through a dequantised weight; on the CPU all do.
     """
 
     executions = ("eager", "cuda_graph")
@@ -48,6 +48,16 @@ class Int4(GptqLayout, LinearFormat):
     def keeps(self) -> tuple[str, ...]:
         """See `LinearFormat.keeps`."""
         return () if self.options.head_bits == groupwise.BITS else super().keeps
+
+    @classmethod
+    def check(cls, request: Request) -> None:
+        """See `Plugin.check`."""
+        super().check(request)
+        if request.device == "cuda" and request.batch_size > MOST_ROWS:
+            raise unsupported(
+                f"int4's kernel takes up to {MOST_ROWS} streams, not {request.batch_size}",
+                f"Use protocol.batch_size={MOST_ROWS} or less, or quant=gptq-marlin",
+            )
 
     def fits(self, architecture: Any) -> None:
         """See `CheckpointFormat.fits`."""
@@ -85,14 +95,21 @@ class Int4(GptqLayout, LinearFormat):
     @classmethod
     def build(cls, options: Any, device: str) -> None:
         """See `Plugin.build`."""
+        from torch.utils.cpp_extension import CUDA_HOME
+
         from backends.int4.kernel.loader import extension
 
+        if CUDA_HOME is None:
+            raise Refused(
+                Outcome.MISSING_DEPENDENCY,
+                "nvcc, which compiles rfloor's int4 kernel, is not found",
+                "Install the CUDA toolkit of the version that torch is built for, or say where it is by CUDA_HOME; "
+                "quant=gptq-marlin needs none",
+            )
         extension()
 
     def convert(self, linear: nn.Linear) -> nn.Module:
         """See `LinearFormat.convert`."""
-        from backends.int4.layout import ROWS
-
         if linear.in_features % GROUP or linear.out_features % ROWS:
             raise unsupported(
                 f"int4 needs input features in multiples of {GROUP} and output features in multiples of {ROWS}; this "
@@ -104,13 +121,18 @@ class Int4(GptqLayout, LinearFormat):
 
     def from_tensors(self, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> nn.Module:
         """See `LinearFormat.from_tensors`."""
-        scales = tensors["scales"]
+        scales = tensors["scales"].half()
         check_scales(scales)
-        if not in_order(tensors["g_idx"]):
-            raise unsupported("the checkpoint's groups are in an activation order, which int4 does not follow")
+        if bool((scales == 0).logical_and(tensors["scales"] != 0).any()):
+            raise unsupported("the checkpoint has scales below float16's least, in which int4 keeps them", OTHERWISE)
+        if not in_order(tensors["g_idx"], GROUP):
+            raise unsupported(
+                f"the checkpoint's groups are not {GROUP} input features each in their order, as int4 reads them",
+                OTHERWISE,
+            )
         if bool((groupwise.unpack_columns(tensors["qzeros"]) != ZERO).any()):
-            raise unsupported("the checkpoint has zeros of its own, and int4 multiplies symmetric weights")
-        return _made(linear, groupwise.unpack_rows(tensors["qweight"]).T, scales.T.half())
+            raise unsupported("the checkpoint has zeros of its own, and int4 multiplies symmetric weights", OTHERWISE)
+        return _made(linear, groupwise.unpack_rows(tensors["qweight"]).T, scales.T)
 
     def dequantize(self, module: nn.Module) -> Tensor:
         """See `LinearFormat.dequantize`."""
