@@ -366,14 +366,17 @@ def _request(cell: Cell, kind: str, chosen: Mapping[str, tuple[type[Plugin], Any
 def _check_declared(kind: str, plugin: type[Plugin], request: Request) -> None:
     name = f"the {kind} plugin {getattr(request, kind)!r}"
     if request.device not in plugin.devices:
-        raise unsupported(f"{name} runs on {' and '.join(plugin.devices)}, this device is {request.device}")
+        wanted = " and ".join(plugin.devices)
+        raise unsupported(f"{name} runs on {wanted}, this device is {request.device}", f"Use another {kind} here")
     if plugin.min_capability and request.capability and request.capability < plugin.min_capability:
         least, found = (".".join(map(str, c)) for c in (plugin.min_capability, request.capability))
-        raise unsupported(f"{name} needs compute capability {least}, this device has {found}")
+        raise unsupported(
+            f"{name} needs compute capability {least}, this device has {found}", f"Use another {kind} here"
+        )
     if request.execution not in plugin.executions:
         raise unsupported(
             f"{name} cannot be launched by execution={request.execution}",
-            f"It declares {', '.join(plugin.executions)}",
+            f"Use {' or '.join(f'execution={execution}' for execution in plugin.executions)}",
         )
     if _records_graphs(request) and "cuda_graph" not in plugin.executions:
         raise unsupported(
@@ -381,7 +384,10 @@ def _check_declared(kind: str, plugin: type[Plugin], request: Request) -> None:
             "Use execution.mode=default",
         )
     if request.cache not in plugin.caches:
-        raise unsupported(f"{name} works on a {' or '.join(plugin.caches)} cache, not on a {request.cache} one")
+        raise unsupported(
+            f"{name} works on a {' or '.join(plugin.caches)} cache, not on a {request.cache} one",
+            f"Use {' or '.join(f'execution.cache={cache}' for cache in plugin.caches)}",
+        )
 
 
 def _records_graphs(request: Request) -> bool:

@@ -39,11 +39,12 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
 # Planned
 
+OTHER = "Use another attention here"
 REFUSED: dict[str, tuple[list[str], Device, str, str]] = {
-    "flashinfer on a CPU": (["attention=flashinfer"], CPU, "'flashinfer' runs on cuda, this device is cpu", ""),
-    "fa2 on a CPU": (["attention=fa2"], CPU, "'fa2' runs on cuda, this device is cpu", ""),
-    "fa3 on a CPU": (["attention=fa3"], CPU, "'fa3' runs on cuda, this device is cpu", ""),
-    "fa3 before Hopper": (["attention=fa3"], L4, "'fa3' needs compute capability 9.0, this device has 8.9", ""),
+    "flashinfer on a CPU": (["attention=flashinfer"], CPU, "'flashinfer' runs on cuda, this device is cpu", OTHER),
+    "fa2 on a CPU": (["attention=fa2"], CPU, "'fa2' runs on cuda, this device is cpu", OTHER),
+    "fa3 on a CPU": (["attention=fa3"], CPU, "'fa3' runs on cuda, this device is cpu", OTHER),
+    "fa3 before Hopper": (["attention=fa3"], L4, "'fa3' needs compute capability 9.0, this device has 8.9", OTHER),
     "fa3 after Hopper": (
         ["attention=fa3"],
         BLACKWELL,

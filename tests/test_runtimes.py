@@ -48,18 +48,18 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a compilation of a runtime with a body of its own": (
         ["quant=exl2", "execution=compile"],
         "'exllamav2' cannot be launched by execution=compile",
-        "It declares eager",
+        "Use execution=eager",
     ),
     "a compilation under an old transformers": (
         ["quant=autoawq", "execution=compile"],
         "'autoawq' cannot be launched by execution=compile",
-        "It declares eager, cuda_graph",
+        "Use execution=eager or execution=cuda_graph",
     ),
     "a kernel that gives NaNs": (["quant=awq-gemv"], "gives NaNs for more than 8 rows", "marlin or gemm"),
     "a graph of a runtime whose cache is on the host": (
         ["quant=exl2", "execution=cuda_graph"],
         "'exllamav2' cannot be launched by execution=cuda_graph",
-        "It declares eager",
+        "Use execution=eager",
     ),
     "a format in another's body": (
         ["quant=exl2", "backend=hf"],

@@ -473,6 +473,7 @@ def test_what_a_machine_cannot_do_comes_before_what_it_lacks(
 ) -> None:
     refusal = refused(made_up(*overrides, device=device, requires=MISSING, **declared), Outcome.UNSUPPORTED)
     assert reason in refusal.reason
+    assert refusal.remedy or declared.get("check") is NO
 
 
 def test_what_a_machine_lacks_comes_before_its_memory(made_up: Plan) -> None:
