@@ -14,6 +14,7 @@ from backends.hf import HfBackend
 from backends.int4.kernel.launches import Arguments, Launches
 from backends.quant.int4 import Int4
 from backends.tiles import Place, Table
+from registry.api import LinearFormat
 from registry.identity import source_digest
 from registry.outcome import Outcome
 from registry.synthesis import write_checkpoint
@@ -213,12 +214,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+LLAMA = replace(SMALL, model_type="llama", qkv_bias=False)
 OTHERS = {
-    "three blocks, a group of seven": replace(SMALL, layers=3, hidden=160, q_heads=7),
+    "three blocks, two groups of seven": replace(SMALL, layers=3, hidden=160, q_heads=14, kv_heads=2),
     "a group of one": replace(SMALL, q_heads=2, kv_heads=2),
     "a group of eight, no bias": replace(SMALL, model_type="mistral", q_heads=8, qkv_bias=False),
     "wide heads, a tied embedding": replace(SMALL, q_heads=4, head_dim=128, tied_embeddings=True),
-    "Llama 3's rotary positions": replace(SMALL, model_type="llama", q_heads=4, qkv_bias=False, rope_scaling=LLAMA3),
+    "Llama 3's rotary positions": replace(LLAMA, rope_scaling=LLAMA3),
+    "YaRN's rotary positions": replace(LLAMA, rope_scaling=YARN),
+    "rotary positions that are divided": replace(LLAMA, rope_scaling=LINEAR),
 }
 
 
@@ -226,6 +232,70 @@ OTHERS = {
 def test_other_shapes(what: str) -> None:
     suite = type("Suite", (TestFused,), {"architecture": OTHERS[what]})
     suite().test_steps_equal_a_full_forward("static", "none", 2)
+
+
+class Narrow(Anywhere):
+    """Parts of the cache that take several tiles, as those of a long text do."""
+
+    def tiles(self) -> Tiles:
+        others = [one for one in WIDE if one["place"]["product"] != "attention"]
+        return Tiles([*others, row("attention", parts=2, rows=2, warps=4)])
+
+
+def test_a_part_of_several_tiles() -> None:
+    suite = type("Suite", (TestFused,), {"plugin": Narrow, "prompt_tokens": 13, "steps": 2})
+    suite().test_steps_equal_a_full_forward("static", "none", 2)
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_the_norms_epsilon(quant: str) -> None:
+    """As large as the squares, for a usual one is lost in them."""
+    suite = type("Suite", (TestFused,), {"architecture": replace(SMALL, rms_norm_eps=0.5), "formats": (quant,)})
+    suite().test_steps_equal_a_full_forward("static", quant, 1)
+
+
+def test_a_prompt_s_logits_are_its_last_position_s_alone() -> None:
+    """151936 numbers a position are more than all activations of a block."""
+    suite, seen = TestFused(), []
+    with suite.serving("static", "none", 2) as backend:
+        backend.model["lm_head"].register_forward_hook(lambda _, given, out: seen.append((given[0].shape, out.shape)))
+        backend.prefill(suite.prompt(2))
+    [(given, out)] = seen
+    assert (given.numel(), out.numel()) == (2 * SMALL.hidden, 2 * SMALL.vocab)
+
+
+class ProductOfItsOwn(LinearFormat):
+    """A stranger's, whose layer is the `nn.Linear` that it was given, its product another."""
+
+    executions = ("eager", "cuda_graph")
+
+    def convert(self, linear: Any) -> Any:
+        """See `LinearFormat.convert`."""
+        import torch
+
+        self.calls = 0
+
+        def forward(x: Any) -> Any:
+            self.calls += 1
+            return torch.nn.functional.linear(x, linear.weight, linear.bias)
+
+        linear.forward = forward
+        return linear
+
+    def dequantize(self, module: Any) -> Any:
+        """See `LinearFormat.dequantize`."""
+        return module.weight.data
+
+
+def test_a_stranger_s_layer_is_called_also_where_it_is_plain() -> None:
+    """A step that multiplied its weights by itself would be measured under the stranger's name."""
+    stranger = ProductOfItsOwn(ProductOfItsOwn.Options())
+    suite = type("Suite", (TestFused,), {"linear": lambda _self, _quant: stranger})()
+    with suite.serving("static", "none", 1) as backend:
+        token = backend.prefill(suite.prompt(1)).argmax(-1)
+        stranger.calls = 0
+        backend.decode_step(token)
+        assert stranger.calls == len(SMALL.linear_shapes)
 
 
 PACKED = TestFusedInt4.architecture

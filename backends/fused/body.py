@@ -96,6 +96,7 @@ class FusedBackend(Backend):
         from backends.fused.step import Weights
         from backends.fused.tree import rotary, tree
         from backends.int4.product import Int4Linear
+        from backends.quant.none import NoQuant
 
         setup, a = self.setup, self.setup.architecture
         with torch.device("meta"):
@@ -111,7 +112,7 @@ class FusedBackend(Backend):
         self._orders: dict[str, Tensor] = {}
         kinds = {type(module) for module in self._converted.values()}
         made: Callable[[int, Any], Any] = _hosted
-        if kinds == {torch.nn.Linear}:
+        if isinstance(setup.linear, NoQuant):  # another format's layer is called, also where it is an nn.Linear
             made, self._converted = self._multiplied, {}
         elif kinds == {Int4Linear} and self.packs():
             made = self._packed
