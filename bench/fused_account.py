@@ -49,7 +49,7 @@ def planned(args: argparse.Namespace) -> Cell:
     chosen += [f"context={args.context}", f"protocol.batch_size={args.batch}"]
     cell = Planner(composer.catalog, composer.profiles(), find_device()).plan(composer.cell(chosen))
     if cell.refusal:
-        raise SystemExit(f"{cell.refusal.reason}. {cell.refusal.remedy}")
+        raise SystemExit(f"{cell.refusal.reason}. {cell.refusal.remedy}".rstrip(". "))
     return cell
 
 

@@ -1,11 +1,11 @@
 """Tune how backend=fused cuts its work for a model on this GPU.
 
-    python bench/fused_tiles.py [--model qwen2.5-7b] [--quant none|int4] [--context 2048] [--batch 1]
+    python bench/fused_tiles.py [--model qwen2.5-7b] [--quant none] [--context 2048] [--batch 1]
 
 Changes one product's cut at a time and keeps what makes the captured step shorter by more than half a percent twice,
 in the chain and not alone: what is best alone is not best behind another kernel. It starts with what
 `backends/fused/tiles.yaml` and `backends/int4/kernel/launches.yaml` have and writes what it found there.
-`bench/fused_account.py` tells where the step's time then goes.
+`bench/fused_account.py` tells where the step's time then goes. The GPU is held as a sweep holds it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,11 +32,14 @@ from backends.fused.body import FusedBackend
 from backends.fused.tiles import PRODUCTS, VECTOR, WARP, Parts, Tile, Tiles
 from backends.int4.kernel import launches
 from backends.int4.kernel.launches import WARPS, WARPS_A_PROCESSOR, Launch, Launches
+from backends.quant import groupwise
 from backends.quant.int4 import Int4, Int4Options
 from backends.quant.none import NoQuant
 from backends.tiles import Place, Table
 from registry.api import Architecture, NoOptions, Setup
 from registry.compose import Composer
+from registry.device_lock import WAIT, alone_on
+from registry.hardware import find_device
 from registry.outcome import Refused
 from registry.plugins import Catalog
 from registry.weights import RandomWeights
@@ -42,6 +47,8 @@ from registry.weights import RandomWeights
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+HEAD_BITS = {"int4": 16, "int4-head4": 4}
+"""Of the names in conf/quant whose products this tunes, beside `none`."""
 BETTER = 0.995
 """What a step has to come to, over the one before, for a cut to be kept."""
 KEPT = 6
@@ -95,7 +102,7 @@ def loaded(args: argparse.Namespace, layers: int | None) -> FusedBackend:
         torch.bfloat16,
         args.batch,
         "static",
-        NoQuant(NoOptions()) if args.quant == "none" else Int4(Int4Options(head_bits=args.head_bits)),
+        NoQuant(NoOptions()) if args.quant == "none" else Int4(Int4Options(head_bits=HEAD_BITS[args.quant])),
         Sdpa(SdpaOptions()),
         NoOptions(),
     )
@@ -130,7 +137,7 @@ def questions(
     shapes = [(q + 2 * kv, a.hidden), (a.hidden, q), (2 * a.ffn, a.hidden), (a.hidden, a.ffn), (a.vocab, a.hidden)]
     found = []
     for product, (rows, columns) in zip(PRODUCTS, shapes, strict=True):
-        if args.quant == "int4" and (product != "head" or args.head_bits == 4):
+        if args.quant != "none" and (product != "head" or HEAD_BITS[args.quant] == groupwise.BITS):
             found.append(Question(launched, Place(device, launches.PRODUCT, rows, columns, streams), LAUNCHES))
         else:
             cuts = list(bf16_tiles(product in ("qkv", "swiglu"), streams, columns))
@@ -206,17 +213,20 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="qwen2.5-7b")
-    parser.add_argument("--quant", choices=("none", "int4"), default="none")
-    parser.add_argument("--head-bits", type=int, choices=(4, 16), default=4)
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--passes", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=(*PRODUCTS, "attention"), default=(*PRODUCTS, "attention"))
+    every = (*PRODUCTS, "attention")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="qwen2.5-7b", help="a name of conf/model")
+    parser.add_argument("--quant", choices=("none", *HEAD_BITS), default="none", help="whose products are cut")
+    parser.add_argument("--context", type=int, default=2048, help="tokens that a step attends to")
+    parser.add_argument("--batch", type=int, default=1, help="streams")
+    parser.add_argument("--layers", type=int, default=8, help="blocks of the step that is timed, not all for speed")
+    parser.add_argument("--passes", type=int, default=2, help="how often each product is looked at")
+    parser.add_argument("--only", nargs="+", choices=every, default=every, help="which launches; all if left out")
     args = parser.parse_args()
-    with torch.inference_mode():
+    device = find_device()
+    if device.kind != "cuda":
+        parser.error("this machine has no CUDA device to tune for")
+    with torch.inference_mode(), alone_on(device, WAIT, partial(print, file=sys.stderr)):
         tune(args)
 
 

@@ -120,7 +120,7 @@ class AskedLaunches(Asked, Launches):
 
 
 def arguments(**given: Any) -> argparse.Namespace:
-    known = {"quant": "none", "head_bits": 4, "context": CONTEXT, "only": (*PRODUCTS, "attention")}
+    known = {"quant": "none", "context": CONTEXT, "only": (*PRODUCTS, "attention")}
     return argparse.Namespace(**(known | given))
 
 
@@ -174,7 +174,7 @@ def test_the_launches_that_are_tuned_are_those_that_a_step_takes(
 
     monkeypatch.setattr("backends.int4.kernel.launches._device", lambda _: ("meta", 132))
     launched = AskedLaunches([])
-    asked = questions(arguments(quant="int4", batch=batch), shape, "meta", Tiles([]), launched)
+    asked = questions(arguments(quant="int4-head4", batch=batch), shape, "meta", Tiles([]), launched)
     products = [one for one in asked if one.place.product not in (*PRODUCTS, "attention")]
     assert len(products) == len(PRODUCTS)
     for one in products:
