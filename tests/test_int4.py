@@ -12,11 +12,13 @@ import pytest
 from int4_kernels import Int4Kernels
 from planning import H200, Plan, refused
 
-from backends.int4.kernel.launches import Launch, Launches, table
+from backends.int4.kernel.launches import Launch, Launches, has_room, table
 from backends.quant import groupwise
 from backends.quant.gptq import Gptq
 from backends.quant.int4 import Int4
 from backends.tiles import Place
+from registry.architecture import Architecture
+from registry.compose import Composer
 from registry.identity import source_digest
 from registry.outcome import BadInput, Outcome, Refused
 from registry.testing import LinearFormatContract
@@ -198,6 +200,15 @@ def test_scales_may_be_stored_in_bfloat16() -> None:
     stored["scales"] = stored["scales"].bfloat16()
     found = int4.dequantize(int4.from_tensors(layer, stored))
     assert (found.float() - gptq.decode(stored)).abs().max() <= 2**-8 * found.float().abs().max()
+
+
+def test_a_block_has_room_for_every_model_s_activations_and_not_for_any(composer: Composer) -> None:
+    """Otherwise a fused step calls int4's layers: slower, and nothing is refused for it."""
+    models = [Architecture.of(composer.cell([f"model={name}"]).model) for name in composer.options("model")]
+    assert all(has_room(4, columns) for a in models for columns, _ in a.linear_shapes.values())
+    assert has_room(4, 22_500)
+    assert not has_room(4, 22_501)
+    assert has_room(1, 90_000)
 
 
 def test_more_streams_than_its_kernel_takes_are_told_before_loading(plan: Plan) -> None:
