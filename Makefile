@@ -13,8 +13,8 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 run: $(VENV)/run.stamp  ## measure: make run ARGS="-m quant=none,nf4"
 	@$(BIN)/python runner.py $(ARGS)
 
-test: $(VENV)/dev.stamp  ## the whole CPU test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/dev.stamp  ## the whole CPU test suite, a file of it in one process
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 services: $(VENV)/dev.stamp  ## many writers at once: SQLite, and an MLflow server on PostgreSQL, which this installs
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \

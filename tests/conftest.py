@@ -31,6 +31,16 @@ settings.register_profile("fuzz", deadline=None, print_blob=True)  # `make fuzz`
 settings.load_profile("rfloor")
 
 
+MOST_PROCESSES = 4
+"""Each starts sweeps of its own, whose workers hold some GB."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many processes `make test` takes: one where there is a GPU, which its tests measure and fill."""
+    return 0 if Path("/dev/nvidiactl").exists() else min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `gpu` are skipped where there is none."""
     if item.get_closest_marker("gpu"):
