@@ -412,20 +412,20 @@ def _keeps_a_stale_index(folder: Path) -> bool:
 
 def _computed_otherwise(config: dict[str, Any], architecture: Architecture) -> list[str]:
     """What a folder's model computes otherwise than the families that rfloor knows, where no shape tells it."""
+    every = [FULL_ATTENTION] * architecture.layers
     rope = config.get("rope_parameters")
-    partial = config.get("partial_rotary_factor") or (rope or {}).get("partial_rotary_factor") or 1
-    window = config.get("sliding_window")
+    given = rope if isinstance(rope, dict) and "partial_rotary_factor" in rope else config
+    window, most = config.get("sliding_window"), architecture.max_context
     if not config.get("use_sliding_window", architecture.model_type != "qwen2"):  # as transformers takes its absence
         window = None
-    layers = config.get("layer_types") or [FULL_ATTENTION]
     told = {
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-        "partial_rotary_factor": (partial, 1),
-        "layer_types": (layers, [FULL_ATTENTION] * len(layers)),
+        "partial_rotary_factor": (given.get("partial_rotary_factor", 1), 1),
+        "layer_types": (config.get("layer_types") or every, every),
     }
     wrong = [f"{name} {found} (wanted {wanted})" for name, (found, wanted) in told.items() if found != wanted]
-    if window is not None and window < architecture.max_context:
-        wrong.append(f"sliding_window {window} (wanted none below {architecture.max_context})")
+    if window is not None and not (isinstance(window, int) and window >= most):
+        wrong.append(f"sliding_window {window} (wanted none below {most})")
     return wrong
 
 
