@@ -268,10 +268,10 @@ def check_folder(folder: Path, architecture: Architecture, quant: Any = None) ->
     config = _read_json(folder / "config.json")
     found = {field: config.get(name) for field, name in CONFIG_JSON_NAMES.items()}
     found |= _rope(config)
-    wanted = {field: getattr(architecture, field) for field in found}
     found["tied_embeddings"] = bool(found["tied_embeddings"])
-    wrong = [f"{field} {found[field]} (wanted {wanted[field]})" for field in wanted if found[field] != wanted[field]]
-    wrong += _computed_otherwise(config, architecture)
+    compared = [(field, value, getattr(architecture, field)) for field, value in found.items()]
+    compared += _computation(config, architecture)
+    wrong = [f"{name} {value} (wanted {wanted})" for name, value, wanted in compared if value != wanted]
     if wrong:
         raise BadInput(f"{folder} holds another architecture than {architecture.name}: {', '.join(wrong)}")
     form = _form(folder, config, quant)
@@ -410,23 +410,20 @@ def _keeps_a_stale_index(folder: Path) -> bool:
     return isinstance(quantised, dict) and quantised.get("quant_method") == "exl2"
 
 
-def _computed_otherwise(config: dict[str, Any], architecture: Architecture) -> list[str]:
-    """What a folder's model computes otherwise than the families that rfloor knows, where no shape tells it."""
-    every = [FULL_ATTENTION] * architecture.layers
+def _computation(config: dict[str, Any], architecture: Architecture) -> list[tuple[str, Any, Any]]:
+    """What no shape tells of a folder's model: by name what it computes, and what the families of rfloor do."""
+    every, none = [FULL_ATTENTION] * architecture.layers, f"none below {architecture.max_context}"
     rope = config.get("rope_parameters")
     given = rope if isinstance(rope, dict) and "partial_rotary_factor" in rope else config
-    window, most = config.get("sliding_window"), architecture.max_context
-    if not config.get("use_sliding_window", architecture.model_type != "qwen2"):  # as transformers takes its absence
-        window = None
-    told = {
-        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-        "partial_rotary_factor": (given.get("partial_rotary_factor", 1), 1),
-        "layer_types": (config.get("layer_types") or every, every),
-    }
-    wrong = [f"{name} {found} (wanted {wanted})" for name, (found, wanted) in told.items() if found != wanted]
-    if window is not None and not (isinstance(window, int) and window >= most):
-        wrong.append(f"sliding_window {window} (wanted none below {most})")
-    return wrong
+    window = config.get("sliding_window")
+    used = config.get("use_sliding_window", architecture.model_type != "qwen2")  # as transformers takes its absence
+    free = not used or window is None or (isinstance(window, int) and window >= architecture.max_context)
+    return [
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+        ("partial_rotary_factor", given.get("partial_rotary_factor", 1), 1),
+        ("layer_types", config.get("layer_types") or every, every),
+        ("sliding_window", none if free else window, none),
+    ]
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
