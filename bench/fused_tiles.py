@@ -32,11 +32,9 @@ from backends.fused.body import FusedBackend
 from backends.fused.tiles import PRODUCTS, VECTOR, WARP, Parts, Tile, Tiles
 from backends.int4.kernel import launches
 from backends.int4.kernel.launches import WARPS, WARPS_A_PROCESSOR, Launch, Launches
-from backends.quant import groupwise
-from backends.quant.int4 import Int4, Int4Options
-from backends.quant.none import NoQuant
+from backends.quant.int4 import Int4
 from backends.tiles import Place, Table
-from registry.api import Architecture, NoOptions, Setup
+from registry.api import HEAD, Architecture, LinearFormat, NoOptions, Setup
 from registry.compose import Composer
 from registry.device_lock import WAIT, alone_on
 from registry.hardware import find_device
@@ -47,8 +45,8 @@ from registry.weights import RandomWeights
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HEAD_BITS = {"int4": 16, "int4-head4": 4}
-"""Of the names in conf/quant whose products this tunes, beside `none`."""
+TUNED = ("none", "int4", "int4-head4")
+"""Names of conf/quant whose products the fused step multiplies itself."""
 BETTER = 0.995
 """What a step has to come to, over the one before, for a cut to be kept."""
 KEPT = 6
@@ -92,6 +90,13 @@ def tables() -> tuple[Tiles, Launches]:
     return Tiles(tiles.table().known()), Launches(launches.table().known())
 
 
+def form(quant: str) -> LinearFormat:
+    """The format and the options that conf/quant has under this name."""
+    chosen = Composer(Catalog()).cell([f"quant={quant}"]).quant
+    plugin = Catalog().load("quant", chosen.plugin)
+    return plugin(plugin.Options(**chosen.options))
+
+
 def loaded(args: argparse.Namespace, layers: int | None) -> FusedBackend:
     """The body with a cache of a context and its steps, filled with random numbers."""
     architecture = Architecture.of(Composer(Catalog()).cell([f"model={args.model}"]).model)
@@ -102,7 +107,7 @@ def loaded(args: argparse.Namespace, layers: int | None) -> FusedBackend:
         torch.bfloat16,
         args.batch,
         "static",
-        NoQuant(NoOptions()) if args.quant == "none" else Int4(Int4Options(head_bits=HEAD_BITS[args.quant])),
+        form(args.quant),
         Sdpa(SdpaOptions()),
         NoOptions(),
     )
@@ -135,9 +140,9 @@ def questions(
     streams = args.batch
     q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
     shapes = [(q + 2 * kv, a.hidden), (a.hidden, q), (2 * a.ffn, a.hidden), (a.hidden, a.ffn), (a.vocab, a.hidden)]
-    found = []
+    linear, found = form(args.quant), []
     for product, (rows, columns) in zip(PRODUCTS, shapes, strict=True):
-        if args.quant != "none" and (product != "head" or HEAD_BITS[args.quant] == groupwise.BITS):
+        if isinstance(linear, Int4) and (product != "head" or HEAD not in linear.keeps):
             found.append(Question(launched, Place(device, launches.PRODUCT, rows, columns, streams), LAUNCHES))
         else:
             cuts = list(bf16_tiles(product in ("qkv", "swiglu"), streams, columns))
@@ -216,7 +221,7 @@ def main() -> None:
     every = (*PRODUCTS, "attention")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen2.5-7b", help="a name of conf/model")
-    parser.add_argument("--quant", choices=("none", *HEAD_BITS), default="none", help="whose products are cut")
+    parser.add_argument("--quant", choices=TUNED, default="none", help="whose products are cut")
     parser.add_argument("--context", type=int, default=2048, help="tokens that a step attends to")
     parser.add_argument("--batch", type=int, default=1, help="streams")
     parser.add_argument("--layers", type=int, default=8, help="blocks of the step that is timed, not all for speed")
