@@ -364,15 +364,13 @@ def _request(cell: Cell, kind: str, chosen: Mapping[str, tuple[type[Plugin], Any
 
 
 def _check_declared(kind: str, plugin: type[Plugin], request: Request) -> None:
-    name = f"the {kind} plugin {getattr(request, kind)!r}"
+    name, other = f"the {kind} plugin {getattr(request, kind)!r}", f"Use another {kind} here"
     if request.device not in plugin.devices:
         wanted = " and ".join(plugin.devices)
-        raise unsupported(f"{name} runs on {wanted}, this device is {request.device}", f"Use another {kind} here")
+        raise unsupported(f"{name} runs on {wanted}, this device is {request.device}", other)
     if plugin.min_capability and request.capability and request.capability < plugin.min_capability:
         least, found = (".".join(map(str, c)) for c in (plugin.min_capability, request.capability))
-        raise unsupported(
-            f"{name} needs compute capability {least}, this device has {found}", f"Use another {kind} here"
-        )
+        raise unsupported(f"{name} needs compute capability {least}, this device has {found}", other)
     if request.execution not in plugin.executions:
         raise unsupported(
             f"{name} cannot be launched by execution={request.execution}",
