@@ -178,10 +178,11 @@ def tune(args: argparse.Namespace) -> None:
     backend = loaded(args, args.layers)
     known, launched = tables()
     asked = questions(args, backend.setup.architecture, torch.cuda.get_device_name(), known, launched)
-    start, shares = time.monotonic(), min(14, max(1, (os.cpu_count() or 1) - 2))
-    with ProcessPoolExecutor(shares, multiprocessing.get_context("spawn")) as pool:
-        made = pool.map(compile_some, [args] * shares, range(shares), [shares] * shares)
-        print(f"compiled {sum(made)} kernels in {time.monotonic() - start:.0f} s", flush=True)
+    if any(isinstance(one.table, Tiles) for one in asked):
+        start, shares = time.monotonic(), min(14, max(1, (os.cpu_count() or 1) - 2))
+        with ProcessPoolExecutor(shares, multiprocessing.get_context("spawn")) as pool:
+            made = pool.map(compile_some, [args] * shares, range(shares), [shares] * shares)
+            print(f"compiled {sum(made)} kernels in {time.monotonic() - start:.0f} s", flush=True)
 
     def timed() -> float:
         backend.cut(known, launched)

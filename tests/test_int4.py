@@ -288,6 +288,7 @@ def test_the_kernel_multiplies(rows: int, columns: int, streams: int) -> None:
 
     from backends.int4.kernel.launches import SHARED_BYTES, WARPS
     from backends.int4.kernel.loader import extension
+    from backends.int4.layout import AT_ONCE
 
     int4 = Int4(Int4.Options())
     layer = linear(rows, columns).cuda()
@@ -303,7 +304,7 @@ def test_the_kernel_multiplies(rows: int, columns: int, streams: int) -> None:
             assert error < 0.005, what
 
         close(module(x), "the layer")
-        if x.nbytes > SHARED_BYTES:
+        if x.nbytes > SHARED_BYTES or streams > AT_ONCE:
             return
         for warps in WARPS:
             for blocks in (1, 132, 4096):
@@ -393,7 +394,7 @@ def assert_alike(got: dict[str, Any], want: dict[str, Any], what: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", [1, 19])
-@pytest.mark.parametrize("streams", [1, 3, 8], ids="streams{}".format)
+@pytest.mark.parametrize("streams", [1, 3, 4], ids="streams{}".format)
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_an_ending_is_what_its_stand_in_computes(ending: str, streams: int, groups: int) -> None:
     """Blocks so few that each has several tiles, and as many as there are tiles.
@@ -426,8 +427,8 @@ def test_a_launch_that_fails_leaves_nothing_behind() -> None:
     from backends.int4.kernel.loader import extension
 
     with torch.inference_mode():
-        module: Any = Int4(Int4.Options()).convert(linear(128, 18944).cuda())
-        x = torch.randn(8, 18944, device="cuda", dtype=torch.bfloat16)
+        module: Any = Int4(Int4.Options()).convert(linear(128, 32768).cuda())
+        x = torch.randn(4, 32768, device="cuda", dtype=torch.bfloat16)
         with pytest.raises(RuntimeError, match="the product did not launch"):
             extension().product(x, module.words, module.scales, module.bias, 4, 132)
         assert torch.ones(8, device="cuda").sum().item() == 8

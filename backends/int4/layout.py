@@ -2,14 +2,14 @@
 
 A group is 128 input features of one output feature, with one float16 scale: w = (code - 8) * scale, codes 0..15.
 Sixteen output features by one group is a tile; each of a warp's 32 lanes has 64 codes of it, in two loads of 16
-bytes. A word holds what one `mma.m16n8k16` (PTX ISA, "Matrix Fragments for mma.m16n8k16") takes of a lane: rows r and
-r + 8 of the tile, r = lane / 4, and four neighbouring input features. Which features those are is free as long as the
-activations follow: lane % 4 has 32 neighbours of the group, so it loads them 16 bytes at a time.
+bytes. Two words hold what one `mma.m16n8k32` (PTX ISA, "Matrix Fragments for mma.m16n8k32") takes of a lane: rows r and
+r + 8 of the tile, r = lane / 4, and eight neighbouring input features. Which features those are is free as long as the
+activations follow: lane % 4 has 32 neighbours of the group.
 
-    word of step s (0..7), nibble n and n + 4, n = 0..3:  rows r, r + 8, r, r + 8
-        input features 32 * (lane % 4) + 4 * s + (0, 0, 2, 2)[n], and the one behind it in nibble n + 4
+    word w (0..7), byte b (0..3): input feature 32 * (lane % 4) + 4 * w + b
+        upper nibble: row r; lower nibble: row r + 8; both code - 8 in two's complement
 
-so that `word >> 4 n & 0x000f000f` is a pair of codes a register apart, and one more operation makes two bf16 of it.
+so that `word & 0xf0f0f0f0` and `word << 4 & 0xf0f0f0f0` are four signed bytes each, sixteen times the weights' numbers.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 GROUP = 128
 ROWS = 16
 """Output features of a tile."""
+AT_ONCE = 4
+"""Rows of activations that the kernel takes at a time."""
 MOST_ROWS = 8
 """Rows of activations for which a weight is multiplied as it lies in memory; for more it is dequantised."""
-STEPS = 8
-"""Tensor core products of a tile."""
+WORDS = 8
+"""Of a lane and group."""
 MIDDLE = 8
 """The code of a weight of zero."""
 
@@ -43,10 +45,9 @@ def pack(codes: Tensor) -> Tensor:
 
     rows, columns = codes.shape
     tiles, groups = rows // ROWS, columns // GROUP
-    # tiles, half, row, groups, block, step, pair, feature
-    split = codes.reshape(tiles, 2, 8, groups, 4, STEPS, 2, 2)
-    # tiles, groups, step, row, block, then the nibbles: feature, pair, half
-    split = split.permute(0, 3, 5, 2, 4, 7, 6, 1).reshape(tiles, groups, STEPS, 32, 8)
+    # tiles, half, row, groups, block, word, byte; the lower nibble is the second half's
+    split = (codes ^ MIDDLE).reshape(tiles, 2, 8, groups, 4, WORDS, 4).flip(1)
+    split = split.permute(0, 3, 5, 2, 4, 6, 1).reshape(tiles, groups, WORDS, 32, 8)
     words = torch.zeros(split.shape[:-1], dtype=torch.int32, device=codes.device)
     for nibble in range(8):
         words |= split[..., nibble].int() << 4 * nibble
@@ -58,10 +59,10 @@ def unpack(words: Tensor) -> Tensor:
     import torch
 
     tiles, groups = words.shape[:2]
-    steps = words.transpose(3, 4).reshape(tiles, groups, STEPS, 32)
-    nibbles = torch.stack([(steps >> 4 * nibble) & 15 for nibble in range(8)], -1).to(torch.uint8)
-    split = nibbles.reshape(tiles, groups, STEPS, 8, 4, 2, 2, 2)
-    return split.permute(0, 7, 3, 1, 4, 2, 6, 5).reshape(tiles * ROWS, groups * GROUP)
+    lanes = words.transpose(3, 4).reshape(tiles, groups, WORDS, 32)
+    nibbles = torch.stack([(lanes >> 4 * nibble) & 15 for nibble in range(8)], -1).to(torch.uint8)
+    split = nibbles.reshape(tiles, groups, WORDS, 8, 4, 4, 2).permute(0, 6, 3, 1, 4, 2, 5).flip(1)
+    return split.reshape(tiles * ROWS, groups * GROUP) ^ MIDDLE
 
 
 def pack_scales(scales: Tensor) -> Tensor:

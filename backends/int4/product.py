@@ -48,7 +48,7 @@ class Int4Linear(torch.nn.Module):
         rows = x.numel() // columns
         if self.words.is_cuda and rows <= layout.MOST_ROWS and x.dtype == torch.bfloat16:
             flat = x.reshape(rows, columns).contiguous()
-            parts = torch.split(flat, max(1, SHARED_BYTES // (2 * columns)))
+            parts = torch.split(flat, min(layout.AT_ONCE, max(1, SHARED_BYTES // (2 * columns))))
             found = [
                 extension().product(part, self.words, self.scales, self.bias, *self._launch(len(part)))
                 for part in parts

@@ -13,15 +13,17 @@ from backends.tiles import Place, Table
 TABLE = Path(__file__).with_name("launches.yaml")
 PRODUCT = "int4"
 """In the words of a `Place`."""
-WARPS = (28, 14, 8, 7, 4)
+WARPS = (32, 28, 16, 14, 8, 7, 4)
 """Of a block: what the kernel is compiled for."""
 SHARED_BYTES = 180_000
-"""Of shared memory for activations: a block may have 227 KiB on compute capability 9.0, and sums take up to 52 of
-them."""
+"""Of shared memory for activations: a block may have 227 KiB on compute capability 9.0, and sums and the groups' units
+take up to 28 of them."""
 FULL = 0.9
 """Least share of the warps' turns in which they have a group."""
-WARPS_A_PROCESSOR = 28
+WARPS_A_PROCESSOR = 32
 """As many as its registers have room for."""
+WIDEST = 16
+"""Warps of a block beside which a processor has room for another."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def has_room(streams: int, columns: int) -> bool:
 
 def fitting(groups: int) -> Launch:
     """The most warps that have a group nearly always, and blocks as many as a processor has room for."""
-    turns = {warps: -(-groups // warps) * warps for warps in WARPS[1:]}  # the most have no block beside them
+    turns = {warps: -(-groups // warps) * warps for warps in WARPS if warps <= WIDEST}
     warps = next((w for w in turns if groups / turns[w] >= FULL), WARPS[-1])
     return Launch(warps, WARPS_A_PROCESSOR // warps)
 

@@ -1,4 +1,4 @@
-// One to eight rows of activations times an int4 weight, on tensor cores, with what stands before and behind the product
+// One to four rows of activations times an int4 weight, on tensor cores, with what stands before and behind the product
 // fused around it.
 //
 // A block has W warps and serves tiles of 16 output features, one after the other; its warps share out a tile's groups
@@ -13,13 +13,28 @@ namespace {
 
 constexpr int LANES = GROUP / 8;  // that have eight input features each of a group
 
-// A warp's own groups of the activations into shared memory, and -136 times the sum of each: `off` is [groups][8 streams].
-// Of a group the four lanes that share a row of the weight find their sixteen bytes side by side.
+// The two digits of four numbers, that of number i in byte i.
+struct Digits {
+    unsigned upper, lower;
+};
+
+// `counts[i]` are floats with the number, and half a lower digit more, at the end of their mantissas.
+__device__ __forceinline__ Digits digits(const float* counts) {
+    const unsigned a = __byte_perm(__float_as_uint(counts[0]), __float_as_uint(counts[1]), 0x5140);
+    const unsigned b = __byte_perm(__float_as_uint(counts[2]), __float_as_uint(counts[3]), 0x5140);
+    return {__byte_perm(a, b, 0x7632), __byte_perm(a, b, 0x5410) ^ 0x80808080u};
+}
+
+// A warp's own groups of the activations into shared memory as whole numbers of two digits, 256 * upper + lower, both
+// signed bytes; `units` is [groups][STREAMS], what a number counts over UPPER_IS: the group's largest makes MOST of them.
+// Of a group the eight lanes that share a stream find their sixteen bytes side by side, the upper digits first.
 template <int W>
-__device__ __forceinline__ void stage(uint4* x, float* off, const Before& before, int warp, int lane) {
+__device__ __forceinline__ void stage(uint2* x, float* units, const Before& before, int warp, int lane) {
     constexpr int AT_ONCE = 32 / LANES, BATCH = 4;
+    constexpr float MOST = 127 * 256, LEAST = 1e-30f;
+    constexpr float BEHIND = 12582912.0f + 128;  // 1.5 * 2^23: a float's last bits count ones from there
     const int groups = before.columns / GROUP, which = lane / LANES * W, eight = lane % LANES;
-    const int to = eight % 4 * 4 + eight / 4;
+    const int to = eight % 4 / 2 * 16 + eight / 4 * 2 + eight % 2;
     for (int stream = 0; stream < before.streams; ++stream) {
         const auto* from = reinterpret_cast<const uint4*>(before.x) + stream * groups * LANES;
         for (int begin = warp; begin < groups; begin += AT_ONCE * BATCH * W) {
@@ -34,17 +49,27 @@ __device__ __forceinline__ void stage(uint4* x, float* off, const Before& before
                 if (begin + AT_ONCE * d * W >= groups) break;
                 const int group = begin + AT_ONCE * d * W + which;
                 const auto* two = reinterpret_cast<const __nv_bfloat162*>(&held[d]);
-                float total = 0;
+                auto largest = __hmax2_nan(__hmax2_nan(__habs2(two[0]), __habs2(two[1])),
+                                           __hmax2_nan(__habs2(two[2]), __habs2(two[3])));
+#pragma unroll
+                for (int apart = LANES / 2; apart; apart /= 2)
+                    largest = __hmax2_nan(largest, __shfl_xor_sync(~0u, largest, apart));
+                float most = __bfloat162float(__hmax_nan(largest.x, largest.y));
+                if (most < LEAST) most = LEAST;  // what is not a number stays so
+                const float count = __fdividef(MOST, most);
+                float counts[8];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const float2 pair = __bfloat1622float2(two[i]);
-                    total += pair.x + pair.y;
+                    counts[2 * i] = fmaf(pair.x, count, BEHIND);
+                    counts[2 * i + 1] = fmaf(pair.y, count, BEHIND);
                 }
-#pragma unroll
-                for (int apart = LANES / 2; apart; apart /= 2) total += __shfl_xor_sync(~0u, total, apart);
                 if (group < groups) {
-                    x[(stream * groups + group) * LANES + to] = held[d];
-                    if (eight == 0) off[group * STREAMS + stream] = -TOO_MUCH * total;
+                    const auto first = digits(counts), second = digits(counts + 4);
+                    auto* own = x + (stream * groups + group) * 2 * LANES + to;
+                    own[0] = make_uint2(first.upper, second.upper);
+                    own[8] = make_uint2(first.lower, second.lower);
+                    if (eight == 0) units[group * STREAMS + stream] = most / (MOST * UPPER_IS);
                 }
             }
         }
@@ -52,7 +77,7 @@ __device__ __forceinline__ void stage(uint4* x, float* off, const Before& before
     __syncwarp();
 }
 
-constexpr int RESIDENT = 28;  // warps that a processor's registers have room for
+constexpr int RESIDENT = 32;  // warps that a processor's registers have room for, as far as blocks make them up
 
 constexpr int DEPTH = 2;  // groups that a warp has under way
 
@@ -65,12 +90,12 @@ __device__ __forceinline__ void run(const Before& before, const Weight& weight, 
     const int own_row = threadIdx.x % ROWS, r = own_row % 8, stream = threadIdx.x / ROWS;
     const bool sums_up = stream < before.streams;  // one row of a tile
     const bool ends = sums_up && own_row < 8;      // has a part of what becomes of rows r and r + 8
-    // [2][W][16][8]: one tile's sums are read while the next one's come.
+    // [2][W][16][4]: one tile's sums are read while the next one's come.
     auto* found = reinterpret_cast<float*>(shared);
     auto* later = reinterpret_cast<int*>(found + 2 * W * ROWS * STREAMS);  // [2], by turns too: the tile after the next
     auto* x = reinterpret_cast<uint4*>(later + 4);
     auto* nothing = x + before.streams * groups * LANES;  // a lane's activations where no stream is
-    auto* off = reinterpret_cast<float*>(nothing + LANES);
+    auto* units = reinterpret_cast<float*>(nothing + LANES);
 
     asm volatile("griddepcontrol.launch_dependents;");
     Part part(weight, groups, blockIdx.x, warp, lane);
@@ -84,15 +109,16 @@ __device__ __forceinline__ void run(const Before& before, const Weight& weight, 
     if (ends) fixed = E::fixed(weight, behind, blockIdx.x, r, row);
     if (lane < LANES) nothing[lane] = make_uint4(0, 0, 0, 0);  // every warp for itself
     for (int group = warp + lane * W; group < groups; group += 32 * W)
-        for (int s = before.streams; s < STREAMS; ++s) off[group * STREAMS + s] = 0;
+        for (int s = before.streams; s < STREAMS; ++s) units[group * STREAMS + s] = 0;
     asm volatile("griddepcontrol.wait;" ::: "memory");
     typename E::Found there{};
     if (ends) there = E::found(behind, blockIdx.x, r, stream);
     const float square = ends && before.squares ? static_cast<float>(before.squares[stream]) : 0;
-    stage<W>(x, off, before, warp, lane);
-    const bool here = lane / 4 < before.streams;
+    stage<W>(reinterpret_cast<uint2*>(x), units, before, warp, lane);
+    const int column = lane / 4;  // of the tile: a stream's upper digits, or its lower
+    const bool here = column / DIGITS < before.streams;
     const int apart = here ? LANES : 0;
-    const uint4* own = (here ? x + lane / 4 * groups * LANES : nothing) + warp * apart + lane % 4;
+    const uint4* own = (here ? x + column / DIGITS * groups * LANES : nothing) + warp * apart + lane % 8;
     float scale = 0;
 
     int tile = blockIdx.x, next = tile + gridDim.x;
@@ -100,17 +126,17 @@ __device__ __forceinline__ void run(const Before& before, const Weight& weight, 
         int ticket = 0;
         if (threadIdx.x == 0 && next < tiles && behind.tickets)
             ticket = static_cast<int>(atomicAdd(behind.tickets, 1ull));
-        float sums[4] = {0, 0, 0, 0};
+        float sums[2] = {0, 0};
         const uint4* at = own;
-        const auto* its = reinterpret_cast<const float2*>(off) + warp * (STREAMS / 2) + lane % 4;
+        const auto* its = units + warp * STREAMS + lane % 4;
         for (int begin = warp; begin < groups; begin += DEPTH * W) {
 #pragma unroll
             for (int d = 0; d < DEPTH; ++d) {
-                if (begin + d * W < groups) add(sums, codes[d], at, its[d * W * (STREAMS / 2)]);
+                if (begin + d * W < groups) add(sums, codes[d], at, its[d * W * STREAMS]);
                 at += W * apart;
                 if (begin + (DEPTH + d) * W < groups) codes[d] = part.load((DEPTH + d) * W);
             }
-            its += DEPTH * W * (STREAMS / 2);
+            its += DEPTH * W * STREAMS;
             part.on(DEPTH * W);
         }
         if (next < tiles) {  // its first groups are under way while sums meet
@@ -120,9 +146,9 @@ __device__ __forceinline__ void run(const Before& before, const Weight& weight, 
                 if (warp + d * W < groups) codes[d] = part.load(d * W);
         }
         auto* all = found + turn * W * ROWS * STREAMS;
-        auto* mine = all + (warp * ROWS + lane / 4) * STREAMS + lane % 4 * 2;
-        *reinterpret_cast<float2*>(mine) = make_float2(sums[0], sums[1]);
-        *reinterpret_cast<float2*>(mine + 8 * STREAMS) = make_float2(sums[2], sums[3]);
+        auto* mine = all + warp * ROWS * STREAMS + lane;
+        mine[0] = sums[0];
+        mine[8 * STREAMS] = sums[1];
         if (threadIdx.x == 0) later[turn] = behind.tickets ? 2 * gridDim.x + ticket : next + gridDim.x;
         __syncthreads();
         const int then = later[turn];
@@ -187,7 +213,9 @@ cudaError_t with(const Before& before, const Weight& weight, const Behind& behin
         case 7: return launch<7, E>(before, weight, behind, blocks, stream);
         case 8: return launch<8, E>(before, weight, behind, blocks, stream);
         case 14: return launch<14, E>(before, weight, behind, blocks, stream);
+        case 16: return launch<16, E>(before, weight, behind, blocks, stream);
         case 28: return launch<28, E>(before, weight, behind, blocks, stream);
+        case 32: return launch<32, E>(before, weight, behind, blocks, stream);
         default: return cudaErrorInvalidValue;
     }
 }

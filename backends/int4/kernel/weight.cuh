@@ -1,29 +1,27 @@
 // A weight as a product's warps read it. The layout is backends/int4/layout.py's: a tile is 16 output features, rows r and
-// r + 8 of it what `mma.m16n8k16` wants of a lane, r = lane / 4; of a group of 128 input features a lane has 32
+// r + 8 of it what `mma.m16n8k32` wants of a lane, r = lane / 4; of a group of 128 input features a lane has 32
 // neighbours, from 32 * (lane % 4) on, for which the activations follow suit.
 #pragma once
 #include "product.h"
 
-constexpr int ROWS = 16, GROUP = 128, STREAMS = 8;
+constexpr int ROWS = 16, GROUP = 128, STREAMS = 4;
+constexpr int DIGITS = 2;  // of an activation
 
-// c += a tile's product; a0 and a2 are of row r, a1 and a3 of row r + 8.
-__device__ __forceinline__ void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+// c += a tile's product; a0 and a2 are of row r, a1 and a3 of row r + 8, four input features in each.
+__device__ __forceinline__ void multiply(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                                          unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Codes become bf16 by putting them behind the exponent of 128: 128 + code is exact, and what the 136 too much of each
-// weight (the 8 that a code of zero weight has with it) adds is taken off a group's sum by the sum of its activations
-// (float32, exact to 2^-23 of the larger term). So a weight costs one instruction, not the three of a conversion.
-constexpr unsigned CODES = 0x000f000fu, BEHIND_128 = 0x43004300u;
-constexpr float TOO_MUCH = 136;
+// A weight is a nibble in two's complement. At the upper end of a byte it is sixteen times itself, sign and all, so that
+// one operation makes four numbers of it, or two.
+constexpr unsigned UPPER = 0xf0f0f0f0u;
+constexpr int UPPER_IS = 16;
 
-__device__ __forceinline__ unsigned pair(unsigned word) {
-    unsigned made;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(made) : "r"(word), "r"(CODES), "r"(BEHIND_128));  // (a & b) | c
-    return made;
+__device__ __forceinline__ void step(int (&c)[4], unsigned word, unsigned next, unsigned b0, unsigned b1) {
+    multiply(c, word & UPPER, word << 4 & UPPER, next & UPPER, next << 4 & UPPER, b0, b1);
 }
 
 // What a lane has of a group.
@@ -54,23 +52,18 @@ struct Part {
     }
 };
 
-__device__ __forceinline__ void step(float (&c)[4], unsigned word, unsigned b0, unsigned b1) {
-    multiply(c, pair(word), pair(word >> 4), pair(word >> 8), pair(word >> 12), b0, b1);
-}
-
-// Adds a group's product to the sums: `sums[i]` is row r (+ 8 for i > 1) of stream 2 * (lane % 4) + i % 2. `x` are the
-// lane's activations of the group, sixteen bytes of them every four, `off` the sums of both streams' times -136.
-__device__ __forceinline__ void add(float (&sums)[4], const Held& held, const uint4* x, float2 off) {
-    float c[2][4] = {{off.x, off.y, off.x, off.y}};  // apart, so that a chain of products is half as long
+// Adds a group's product to the sums: `sums[i]` is row r (+ 8 for i > 0) of stream lane % 4. `x` are digits of the group's
+// activations, sixteen bytes every eight, `unit` what they count, over UPPER_IS. Whole numbers, so exact: a group's sum is
+// 128 * (16 * 8) * 2^15 at most.
+__device__ __forceinline__ void add(float (&sums)[2], const Held& held, const uint4* x, float unit) {
+    int c[4] = {};  // of row r the upper digit and the lower, then of row r + 8
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const uint4 a = x[8 * half], b = x[8 * half + 4], words = held.half[half];
-        step(c[half], words.x, a.x, a.y);
-        step(c[half], words.y, a.z, a.w);
-        step(c[half], words.z, b.x, b.y);
-        step(c[half], words.w, b.z, b.w);
+        const uint4 digits = x[8 * half], words = held.half[half];
+        step(c, words.x, words.y, digits.x, digits.y);
+        step(c, words.z, words.w, digits.z, digits.w);
     }
     const float2 scale = __half22float2(held.scales);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] += (i < 2 ? scale.x : scale.y) * (c[0][i] + c[1][i]);
+    sums[0] += scale.x * unit * static_cast<float>(256 * c[0] + c[1]);
+    sums[1] += scale.y * unit * static_cast<float>(256 * c[2] + c[3]);
 }
