@@ -32,12 +32,12 @@ SANITIZED := full_forward or multiplies or ending or four_bits or other_shapes o
 	every_part
 
 # Without that cache each tensor is an allocation of its own: past its end there is nothing that could be read unseen.
-# Races are looked for with all eight streams: with fewer, warps read zeros that each of them writes to one place.
+# Races are looked for with all four streams: with fewer, warps read zeros that each of them writes to one place.
 sanitize: $(VENV)/dev.stamp  ## compute-sanitizer over the kernels of fused and int4, on a GPU
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 		$(BIN)/python -m pytest tests/test_int4.py tests/test_fused.py -k "$(SANITIZED)" $(ARGS)
 	compute-sanitizer --tool racecheck --error-exitcode 9 --kernel-name kernel_substring=int4_product \
-		$(BIN)/python -m pytest tests/test_int4.py -k "ending and streams8" $(ARGS)
+		$(BIN)/python -m pytest tests/test_int4.py -k "ending and streams4" $(ARGS)
 
 lint: $(VENV)/dev.stamp  ## ruff, and mypy strict on registry and backends
 	$(BIN)/ruff check .

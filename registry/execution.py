@@ -126,8 +126,10 @@ class CudaGraph(Execution):
         self.rewind()
 
     def _step(self) -> None:
+        import torch
+
         self.logits = self.backend.decode_step(self.token)
-        self.token.copy_(self.logits.argmax(dim=-1))
+        torch.argmax(self.logits, dim=-1, out=self.token)
 
     def _replay(self) -> Tensor:
         self.step()

@@ -2,14 +2,15 @@
 
 A group is 128 input features of one output feature, with one float16 scale: w = (code - 8) * scale, codes 0..15.
 Sixteen output features by one group is a tile; each of a warp's 32 lanes has 64 codes of it, in two loads of 16
-bytes. Two words hold what one `mma.m16n8k32` (PTX ISA, "Matrix Fragments for mma.m16n8k32") takes of a lane: rows r and
-r + 8 of the tile, r = lane / 4, and eight neighbouring input features. Which features those are is free as long as the
-activations follow: lane % 4 has 32 neighbours of the group.
+bytes. Two words hold what one `mma.m16n8k32` (PTX ISA, "Matrix Fragments for mma.m16n8k32") takes of a lane: rows r
+and r + 8 of the tile, r = lane / 4, and eight neighbouring input features. Which features those are is free as long
+as the activations follow: lane % 4 has 32 neighbours of the group.
 
     word w (0..7), byte b (0..3): input feature 32 * (lane % 4) + 4 * w + b
         upper nibble: row r; lower nibble: row r + 8; both code - 8 in two's complement
 
-so that `word & 0xf0f0f0f0` and `word << 4 & 0xf0f0f0f0` are four signed bytes each, sixteen times the weights' numbers.
+so that `word & 0xf0f0f0f0` and `word << 4 & 0xf0f0f0f0` are four signed bytes each, sixteen times the weights'
+numbers.
 """
 
 from __future__ import annotations

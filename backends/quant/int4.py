@@ -36,7 +36,8 @@ class Int4Options(GroupwiseOptions):
 class Int4(GptqLayout, LinearFormat):
     """Symmetric int4 with a float16 scale for 128 input features, out of GPTQ's checkpoints or rounded here.
 
-    On CUDA up to `MOST_ROWS` rows go through the kernel, more through a dequantised weight; on the CPU all do.
+    On CUDA up to `MOST_ROWS` rows go through the kernel, more through a dequantised weight; on the CPU all do. The
+    kernel takes a row's activations as whole numbers, 16 bits for the largest of each group of them.
     """
 
     executions = ("eager", "cuda_graph")
@@ -121,10 +122,11 @@ class Int4(GptqLayout, LinearFormat):
 
     def from_tensors(self, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> nn.Module:
         """See `LinearFormat.from_tensors`."""
-        scales = tensors["scales"].half()
-        check_scales(scales)
-        if bool((scales == 0).logical_and(tensors["scales"] != 0).any()):
-            raise unsupported("the checkpoint has scales below float16's least, in which int4 keeps them", OTHERWISE)
+        given = tensors["scales"]
+        check_scales(given)
+        scales = given.half()
+        if bool((scales.isinf() | (scales == 0) & (given != 0)).any()):
+            raise unsupported("the checkpoint has scales outside float16, in which int4 keeps them", OTHERWISE)
         if not in_order(tensors["g_idx"], GROUP):
             raise unsupported(
                 f"the checkpoint's groups are not {GROUP} input features each in their order, as int4 reads them",

@@ -16,8 +16,8 @@ PRODUCT = "int4"
 WARPS = (32, 28, 16, 14, 8, 7, 4)
 """Of a block: what the kernel is compiled for."""
 SHARED_BYTES = 180_000
-"""Of shared memory for activations: a block may have 227 KiB on compute capability 9.0, and sums and the groups' units
-take up to 28 of them."""
+"""Of shared memory for activations: a block may have 227 KiB on compute capability 9.0, and sums and the groups'
+units take up to 28 of them."""
 FULL = 0.9
 """Least share of the warps' turns in which they have a group."""
 WARPS_A_PROCESSOR = 32

@@ -32,6 +32,7 @@ template <int W>
 __device__ __forceinline__ void stage(uint2* x, float* units, const Before& before, int warp, int lane) {
     constexpr int AT_ONCE = 32 / LANES, BATCH = 4;
     constexpr float MOST = 127 * 256, LEAST = 1e-30f;
+    constexpr float DOWN = 1 / 1048576.0f;  // by which a divisor is in the range of the fast division
     constexpr float BEHIND = 12582912.0f + 128;  // 1.5 * 2^23: a float's last bits count ones from there
     const int groups = before.columns / GROUP, which = lane / LANES * W, eight = lane % LANES;
     const int to = eight % 4 / 2 * 16 + eight / 4 * 2 + eight % 2;
@@ -56,7 +57,7 @@ __device__ __forceinline__ void stage(uint2* x, float* units, const Before& befo
                     largest = __hmax2_nan(largest, __shfl_xor_sync(~0u, largest, apart));
                 float most = __bfloat162float(__hmax_nan(largest.x, largest.y));
                 if (most < LEAST) most = LEAST;  // what is not a number stays so
-                const float count = __fdividef(MOST, most);
+                const float count = __fdividef(MOST * DOWN, most * DOWN);
                 float counts[8];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
