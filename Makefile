@@ -29,7 +29,7 @@ soak: $(VENV)/dev.stamp  ## a sweep of 500 cells, or of RFLOOR_SOAK_CELLS: an ho
 
 # Each kernel and each ending, mostly on small shapes; nothing that is captured, which takes the allocator's cache.
 SANITIZED := full_forward or multiplies or ending or four_bits or other_shapes or not_written or stranger or \
-	every_part
+	every_part or choice
 
 # Without that cache each tensor is an allocation of its own: past its end there is nothing that could be read unseen.
 # Races are looked for with all four streams: with fewer, warps read zeros that each of them writes to one place.

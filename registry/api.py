@@ -408,6 +408,17 @@ class Backend(Plugin):
             Logits `[batch, vocab]`. Never synchronises with the host.
         """
 
+    def choose(self, logits: Tensor, token: Tensor) -> None:
+        """What a captured step ends with: each stream's choice, the first of its largest logits as in `torch.argmax`.
+
+        Args:
+            logits: As `decode_step` gave them.
+            token: int64 `[batch]`, which the choices are written into.
+        """
+        import torch
+
+        torch.argmax(logits, dim=-1, out=token)
+
     @abstractmethod
     def seek(self, position: int) -> None:
         """Move the end of the cache back to `position` tokens, whose keys and values stay as they are."""

@@ -100,8 +100,8 @@ class CudaGraph(Execution):
     """The whole step captured once, argmax and feeding back included, and replayed.
 
     The graph reads and writes one token buffer, and the backend keeps its position on the device, so a
-    replay needs nothing from the host. Before it is timed some replays are proven to be eager steps
-    (`registry.proof`).
+    replay needs nothing from the host. Before it is timed some replays are proven to be eager steps, their
+    choices, which may be a kernel of the backend's, with them (`registry.proof`).
     """
 
     name = "cuda_graph"
@@ -126,10 +126,8 @@ class CudaGraph(Execution):
         self.rewind()
 
     def _step(self) -> None:
-        import torch
-
         self.logits = self.backend.decode_step(self.token)
-        torch.argmax(self.logits, dim=-1, out=self.token)
+        self.backend.choose(self.logits, self.token)
 
     def _replay(self) -> Tensor:
         self.step()

@@ -247,6 +247,11 @@ def test_a_part_of_several_tiles() -> None:
     suite().test_steps_equal_a_full_forward("static", "none", 2)
 
 
+def test_a_choice_among_several_parts() -> None:
+    suite = type("Suite", (TestFused,), {"architecture": replace(SMALL, vocab=2500)})
+    suite().test_choice_is_the_first_of_the_largest("static", 3)
+
+
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_the_norms_epsilon(quant: str) -> None:
     """As large as the squares, for a usual one is lost in them."""

@@ -227,6 +227,10 @@ class FusedBackend(Backend):
         logits: Tensor = self.step(token)
         return logits
 
+    def choose(self, logits: Tensor, token: Tensor) -> None:
+        """See `Backend.choose`."""
+        self.step.choose(logits, token)
+
     def seek(self, position: int) -> None:
         """See `Backend.seek`."""
         self.step.length.fill_(position)

@@ -11,6 +11,7 @@ import triton
 
 from backends.fused.around import fused_embed, fused_norm, fused_rotate, fused_silu
 from backends.fused.attention import fused_attend, fused_combine
+from backends.fused.choice import fused_best, fused_choose
 from backends.fused.products import fused_head, fused_qkv, fused_residual, fused_swiglu
 from backends.tiles import Place
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 1024
-"""Columns of a program that only moves numbers."""
+"""Columns of a program that only moves or compares numbers."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class Step:
         self._squares, self._tickets = list(self._counts[:norms]), list(self._counts[norms:])
         self._sums = room(a.q_heads, parts, a.head_dim, dtype=torch.float32)
         self._peaks = room(a.q_heads, parts, 2, dtype=torch.float32)
+        self._best = room(triton.cdiv(a.vocab, BLOCK), dtype=torch.int64)
 
     def __call__(self, token: Tensor) -> Tensor:
         """One token a stream, int64 `[streams]`; the next one's logits, float32 `[streams, vocab]`."""
@@ -171,6 +173,12 @@ class Step:
         if pending is not None:
             return self._head(self._norm(w.norm, pending), None)
         return self._head(self._scaled, self._squares[-1])
+
+    def choose(self, logits: Tensor, token: Tensor) -> None:
+        """The first of each stream's largest logits, float32 `[streams, vocab]`, into int64 `[streams]`."""
+        streams, parts = self._best.shape
+        fused_best[(parts, streams)](logits, self._best, logits.shape[1], parts, C=BLOCK, **self._pdl)
+        fused_choose[(streams,)](self._best, token, parts, P=triton.next_power_of_2(parts), **self._pdl)
 
     def _embed(self, token: Tensor) -> None:
         w, k, counts = self._weights, self._a.hidden, self._counts

@@ -37,7 +37,7 @@ from registry.testing.tensors import (
 from registry.weights import RandomWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -320,6 +320,45 @@ class BackendContract(Contract):
             wrong = (decisive & ~agree).nonzero().tolist()
             assert not wrong, f"greedy tokens differ from the reference's at (stream, step) {wrong}"
 
+    def test_choice_is_the_first_of_the_largest(self, cache: str, batch_size: int) -> None:
+        """As `torch.argmax`: the first of equal logits, zeros of either sign among them, and of what is no number."""
+        import torch
+
+        def alike(value: float) -> Callable[[Tensor], object]:
+            return lambda logits: logits.fill_(value)
+
+        def two(value: float, other: float, rest: float) -> Callable[[Tensor], object]:
+            def fill(logits: Tensor) -> None:
+                logits.fill_(rest)
+                logits[:, -2], logits[:, -1] = value, other
+
+            return fill
+
+        inf, nan = float("inf"), float("nan")
+        cases: dict[str, Callable[[Tensor], object]] = {
+            "random logits": lambda logits: logits.normal_(),
+            "negative ones": lambda logits: logits.normal_().abs_().neg_(),
+            "zeros": alike(0.0),
+            "infinitely small ones": alike(-inf),
+            "infinitely large ones": alike(inf),
+            "two equal ones": two(1.5, 1.5, -2.0),
+            "two zeros": two(-0.0, 0.0, -1.0),
+            "two zeros, turned": two(0.0, -0.0, -1.0),
+            "the last": two(1.0, 2.0, -inf),
+            "one that is no number": two(inf, nan, 1.0),
+            "one that is no number, its sign set": two(-nan, inf, 1.0),
+            "two that are no numbers": two(-nan, nan, 1.0),
+        }
+        with self.serving(cache, self.hosted()[0], batch_size) as backend:
+            token = backend.prefill(self.prompt(batch_size)).argmax(-1)
+            logits = backend.decode_step(token).clone()
+            for what, fill in cases.items():
+                fill(logits)
+                token.fill_(-1)
+                backend.choose(logits, token)
+                want = logits.argmax(-1)
+                assert torch.equal(token, want), f"of {what} {token.tolist()} are chosen, not {want.tolist()}"
+
     def test_cache_grows_by_one_a_step(self, cache: str, batch_size: int) -> None:
         """`position` counts the prompt, then one a step, whatever the number of streams."""
         with self.serving(cache, self.hosted()[0], batch_size) as backend:
@@ -508,7 +547,7 @@ class BackendContract(Contract):
 
             def step() -> Tensor:
                 out: Tensor = backend.decode_step(token)
-                token.copy_(out.argmax(-1))
+                backend.choose(out, token)
                 return out
 
             backend.seek(self.prompt_tokens)
