@@ -431,6 +431,16 @@ class MixesStreams(HfBackend):
         return super().decode_step(token).flip(0)
 
 
+class ChoosesTheLast(HfBackend):
+    def choose(self, logits, token):
+        token.copy_(logits.shape[-1] - 1 - logits.flip(-1).argmax(-1))
+
+
+class ChoosesForAnother(HfBackend):
+    def choose(self, logits, token):
+        token.copy_(logits.argmax(-1).flip(0))
+
+
 class FlipsCompiled(HfBackend):
     def decode_step(self, token):
         import torch
@@ -453,6 +463,8 @@ class RefusesEveryCell(HfBackend):
         (MixesStreams, "test_steps_equal_a_full_forward", ("static", "none", 3), "step 1, stream 0"),
         (MistakesThePosition, "test_steps_equal_a_full_forward", ("dynamic", "none", 1), "step 1"),
         (LosesANorm, "test_steps_equal_a_full_forward", ("static", "none", 1), "the reference"),
+        (ChoosesTheLast, "test_choice_is_the_first_of_the_largest", ("dynamic", 1), "of zeros"),
+        (ChoosesForAnother, "test_choice_is_the_first_of_the_largest", ("static", 3), "of random logits"),
         (SeeksNothing, "test_seek_brings_back_the_logits", ("static", "none", 1), r"after seek\(12\)"),
         (SeeksByCounterOnly, "test_seek_brings_back_the_logits", ("static", "none", 1), "the same logits"),
         (SeeksNothing, "test_seek_to_the_start_empties_the_cache", ("static",), r"after seek\(0\)"),

@@ -224,7 +224,7 @@ def test_a_block_has_room_for_every_model_s_activations_and_not_for_any(composer
 
 def test_more_streams_than_its_kernel_takes_are_told_before_loading(plan: Plan) -> None:
     refusal = refused(plan("backend=hf", "quant=int4", "protocol.batch_size=9", device=H200), Outcome.UNSUPPORTED)
-    assert refusal.reason == "int4's kernel takes up to 8 streams, not 9"
+    assert refusal.reason == "int4 takes up to 8 streams, not 9"
     assert "protocol.batch_size=8" in refusal.remedy
     other = plan("backend=hf", "quant=int4", "protocol.batch_size=8", device=H200).refusal
     assert other is None or other.outcome is Outcome.MISSING_DEPENDENCY
@@ -326,7 +326,7 @@ def test_the_kernel_multiplies(rows: int, columns: int, streams: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("value", [0.0, 1e-38, 3e4, 2e37, math.inf, math.nan])
 def test_activations_of_any_size(value: float) -> None:
-    """One of a group that is larger than its others by far, or no number, or a group of nothing."""
+    """A group of nothing but one number, or of what is none: an infinity is one of a group that has no unit."""
     import torch
 
     int4, layer = Int4(Int4.Options()), linear(64, 256).cuda()
@@ -337,9 +337,35 @@ def test_activations_of_any_size(value: float) -> None:
         x[0, 130] = value
         out = module(x).float()
         want = x.float() @ int4.dequantize(module).float().T + layer.bias.float()
-        assert torch.equal(out.isfinite(), want.isfinite()), "what is no number stays one, in its own stream alone"
+        assert torch.equal(out.isnan(), ~want.isfinite()), "what is no number stays none, in its own stream alone"
         if math.isfinite(value):
             assert (out - want).norm(dim=-1).le(0.005 * want.norm(dim=-1)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("largest", [129 / 128, 302, 30080])  # of which no number of bf16 is a half part
+def test_activations_are_counted_in_parts_of_their_group_s_largest(largest: float) -> None:
+    """Exactly what is left of them when they are rounded to those parts, also where most are small beside one."""
+    import torch
+
+    from backends.int4 import layout
+    from backends.int4.kernel.loader import extension
+
+    int4, columns, streams = Int4(Int4.Options()), 512, 3
+    with torch.inference_mode():
+        module: Any = int4.convert(linear(256, columns).cuda())
+        x = torch.randn(streams, columns, device="cuda").clamp(-1, 1).bfloat16()
+        x[:, 77::128] = largest
+        groups = x.double().unflatten(-1, (-1, 128))
+        unit = groups.abs().amax(-1, keepdim=True) / 32512
+        counted = ((groups / unit).round() * unit).flatten(1)
+        weight = layout.weight(module.words, module.scales).double()
+        want = counted @ weight.T
+        out = torch.full((streams, 256), math.nan, device="cuda")
+        tickets = torch.zeros(2, dtype=torch.int64, device="cuda")
+        extension().logits(x, None, EPS, module.words, module.scales, out, tickets, 4, 132)
+        assert (out - want).norm() <= 5e-6 * want.norm()
+        assert (x.double() @ weight.T - want).norm() > 5e-6 * want.norm(), "it is seen that they are rounded"
 
 
 ENDINGS = ("product", "residual", "swiglu", "logits", "qkv")

@@ -169,7 +169,7 @@ class Step:
             self._swiglu(index, block.gate_up)
             self._residual("down", self._inner, block.down, following, self._squares[2 * index + 2])
         if callable(w.head):
-            return w.head(self._norm(w.norm, pending)).float()
+            return w.head(self._norm(w.norm, pending)).float().contiguous()
         if pending is not None:
             return self._head(self._norm(w.norm, pending), None)
         return self._head(self._scaled, self._squares[-1])

@@ -36,8 +36,9 @@ class Int4Options(GroupwiseOptions):
 class Int4(GptqLayout, LinearFormat):
     """Symmetric int4 with a float16 scale for 128 input features, out of GPTQ's checkpoints or rounded here.
 
-    On CUDA up to `MOST_ROWS` rows go through the kernel, more through a dequantised weight; on the CPU all do. The
-    kernel takes a row's activations as whole numbers, 16 bits for the largest of each group of them.
+    On CUDA up to `MOST_ROWS` rows go through the kernel, four at a time, so that five streams read a weight twice;
+    more go through a dequantised weight, and on the CPU all do. The kernel takes activations as whole numbers, 16 bits
+    for the largest of each group of them.
     """
 
     executions = ("eager", "cuda_graph")
@@ -56,7 +57,7 @@ class Int4(GptqLayout, LinearFormat):
         super().check(request)
         if request.device == "cuda" and request.batch_size > MOST_ROWS:
             raise unsupported(
-                f"int4's kernel takes up to {MOST_ROWS} streams, not {request.batch_size}",
+                f"int4 takes up to {MOST_ROWS} streams, not {request.batch_size}",
                 f"Use protocol.batch_size={MOST_ROWS} or less, or quant=gptq-marlin",
             )
 

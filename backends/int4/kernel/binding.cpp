@@ -159,11 +159,12 @@ void qkv(const at::Tensor& x, const Maybe& squares, double eps, const at::Tensor
     const int64_t heads = made.q_heads + 2 * made.kv_heads;
     TORCH_CHECK(made.rows == heads * made.head_dim, "a weight of ", made.rows, " rows is not one of ", heads, " heads of ",
                 made.head_dim);
-    shaped(q, {x.size(0), q.size(1)}, "q");
+    shaped(q, {x.size(0), static_cast<int64_t>(made.q_heads) * made.head_dim}, "q");
     shaped(keys, {x.size(0), keys.size(1), keys.size(2), keys.size(3)}, "keys");
     shaped(values, keys.sizes(), "values");
-    TORCH_CHECK(cos.size(0) >= made.capacity && cos.size(1) * 2 == made.head_dim && length.numel() == 1,
-                "cos has to be of the cache's ", made.capacity, " rows or more and of half a head");
+    TORCH_CHECK(length.numel() == 1, "length has to be one number, not ", length.sizes());
+    TORCH_CHECK(cos.size(0) >= made.capacity && cos.size(1) * 2 == made.head_dim, "cos has to be of the cache's ",
+                made.capacity, " rows or more and of half a head, not ", cos.sizes());
     shaped(sin, cos.sizes(), "sin");
     made.cos = cos.data_ptr<float>();
     made.sin = sin.data_ptr<float>();

@@ -21,7 +21,7 @@ units take up to 28 of them."""
 FULL = 0.9
 """Least share of the warps' turns in which they have a group."""
 WARPS_A_PROCESSOR = 32
-"""As many as its registers have room for."""
+"""As many as its registers may have room for."""
 WIDEST = 16
 """Warps of a block beside which a processor has room for another."""
 

@@ -56,7 +56,7 @@ __device__ __forceinline__ void stage(uint2* x, float* units, const Before& befo
                 for (int apart = LANES / 2; apart; apart /= 2)
                     largest = __hmax2_nan(largest, __shfl_xor_sync(~0u, largest, apart));
                 float most = __bfloat162float(__hmax_nan(largest.x, largest.y));
-                if (most < LEAST) most = LEAST;  // what is not a number stays so
+                if (most < LEAST) most = LEAST;  // what is no number stays none
                 const float count = __fdividef(MOST * DOWN, most * DOWN);
                 float counts[8];
 #pragma unroll
@@ -70,7 +70,7 @@ __device__ __forceinline__ void stage(uint2* x, float* units, const Before& befo
                     auto* own = x + (stream * groups + group) * 2 * LANES + to;
                     own[0] = make_uint2(first.upper, second.upper);
                     own[8] = make_uint2(first.lower, second.lower);
-                    if (eight == 0) units[group * STREAMS + stream] = most / (MOST * UPPER_IS);
+                    if (eight == 0) units[group * STREAMS + stream] = most < INFINITY ? most / (MOST * UPPER_IS) : NAN;
                 }
             }
         }
@@ -78,7 +78,10 @@ __device__ __forceinline__ void stage(uint2* x, float* units, const Before& befo
     __syncwarp();
 }
 
-constexpr int RESIDENT = 32;  // warps that a processor's registers have room for, as far as blocks make them up
+// Blocks that a processor's registers are to have room for: with 72 or 80 registers a thread where that is 28 warps or
+// somewhat fewer, and with 64, of which a few are spilled, where it is 32.
+template <int W>
+constexpr int RESIDENT = (W % 16 ? 28 : 32) / W;
 
 constexpr int DEPTH = 2;  // groups that a warp has under way
 
@@ -174,7 +177,7 @@ __device__ __forceinline__ void run(const Before& before, const Weight& weight, 
 
 // Its name is what a profiler sees.
 template <int W, class E>
-__global__ void __launch_bounds__(32 * W, RESIDENT / W)
+__global__ void __launch_bounds__(32 * W, RESIDENT<W>)
     int4_product(const Before before, const Weight weight, const Behind behind) {
     run<W, E>(before, weight, behind);
 }
