@@ -37,8 +37,8 @@ class Int4(GptqLayout, LinearFormat):
     """Symmetric int4 with a float16 scale for 128 input features, out of GPTQ's checkpoints or rounded here.
 
     On CUDA up to `MOST_ROWS` rows go through the kernel, four at a time, so that five streams read a weight twice;
-    more go through a dequantised weight, and on the CPU all do. The kernel takes activations as whole numbers, 16 bits
-    for the largest of each group of them.
+    more go through a dequantised weight, and on the CPU all do. The kernel takes activations as whole numbers, 16
+    bits for the largest of each group of them.
     """
 
     executions = ("eager", "cuda_graph")
