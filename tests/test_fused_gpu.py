@@ -12,7 +12,6 @@ import torch
 from backends.attention.sdpa import Sdpa, SdpaOptions
 from backends.fused.body import FusedBackend
 from backends.hf import HfBackend
-from backends.int4 import layout
 from backends.int4.product import Int4Linear
 from backends.int4.stacked import Part
 from backends.quant.gptqmodel_linear import GroupwiseLinear
@@ -129,10 +128,8 @@ def unrounded(backend: Any) -> Iterator[tuple[str, torch.Tensor]]:
     form = backend.setup.linear
     for name, tensor in backend.dequantized():
         layer = backend._converted.get(name.removesuffix(".weight"))
-        if isinstance(layer, Int4Linear):
-            yield name, layout.weight(layer.words, layer.scales)
-        elif isinstance(layer, Part):
-            yield name, layer._whole.weight()[layer._rows]
+        if isinstance(layer, Int4Linear | Part):
+            yield name, layer.exact()
         elif layer is not None and isinstance(form, GroupwiseLinear):
             yield name, form.decode({leaf: stored.to(tensor.device) for leaf, stored in layer.told.tensors.items()})
         elif layer is not None and isinstance(form, Nf4):

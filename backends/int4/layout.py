@@ -55,15 +55,24 @@ def pack(codes: Tensor) -> Tensor:
     return words.reshape(tiles, groups, 2, 4, 32).transpose(3, 4).contiguous()
 
 
-def unpack(words: Tensor) -> Tensor:
-    """The inverse of `pack`."""
+def unpack(words: Tensor, rows: Tensor | None = None) -> Tensor:
+    """The inverse of `pack`.
+
+    Args:
+        words: As `pack` gives them.
+        rows: int64 `[n]`, which rows in which order; all of them if `None`.
+    """
     import torch
 
     tiles, groups = words.shape[:2]
-    lanes = words.transpose(3, 4).reshape(tiles, groups, WORDS, 32)
-    nibbles = torch.stack([(lanes >> 4 * nibble) & 15 for nibble in range(8)], -1).to(torch.uint8)
-    split = nibbles.reshape(tiles, groups, WORDS, 8, 4, 4, 2).permute(0, 6, 3, 1, 4, 2, 5).flip(1)
-    return split.reshape(tiles * ROWS, groups * GROUP) ^ MIDDLE
+    if rows is None:
+        rows = torch.arange(tiles * ROWS, device=words.device)
+    tile, half, row = rows // ROWS, rows % ROWS // 8, rows % 8
+    # rows, groups, load, block, word: those that a row shares with the one eight behind or before it
+    held = words.reshape(tiles, groups, 2, 8, 4, 4).transpose(1, 3).transpose(2, 3)[tile, row]
+    shifted = held >> (4 * (1 - half))[:, None, None, None, None].int()
+    nibbles = torch.stack([(shifted >> 8 * byte) & 15 for byte in range(4)], -1).to(torch.uint8)
+    return nibbles.transpose(2, 3).reshape(len(rows), groups * GROUP) ^ MIDDLE
 
 
 def pack_scales(scales: Tensor) -> Tensor:
@@ -78,9 +87,11 @@ def unpack_scales(scales: Tensor) -> Tensor:
     return scales.permute(0, 3, 2, 1).reshape(tiles * ROWS, groups)
 
 
-def weight(words: Tensor, scales: Tensor) -> Tensor:
-    """The weight that packed words and scales stand for, float32 `[rows, columns]`."""
-    codes, scale = unpack(words).float() - MIDDLE, unpack_scales(scales).float()
+def weight(words: Tensor, scales: Tensor, rows: Tensor | None = None) -> Tensor:
+    """What packed words and scales stand for, float32 `[rows, columns]`; `rows` as in `unpack`."""
+    codes, scale = unpack(words, rows).float() - MIDDLE, unpack_scales(scales).float()
+    if rows is not None:
+        scale = scale[rows]
     return (codes.reshape(*scale.shape, GROUP) * scale[..., None]).flatten(1)
 
 

@@ -38,9 +38,13 @@ class Int4Linear(torch.nn.Module):
         self.dtype = dtype
         self._launches: dict[int, Arguments] = {}
 
+    def exact(self) -> Tensor:
+        """Dequantised, float32 `[rows, columns]`."""
+        return layout.weight(self.words, self.scales)
+
     def weight(self) -> Tensor:
-        """Dequantised, `[rows, columns]`."""
-        return layout.weight(self.words, self.scales).to(self.dtype)
+        """Dequantised and rounded, `[rows, columns]`."""
+        return self.exact().to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., columns]` to `[..., rows]`."""

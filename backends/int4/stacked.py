@@ -42,16 +42,9 @@ class Packed(Stored):
 
     order: Tensor
 
-    def weight(self) -> Tensor:
-        """The rows in their own order, float32 `[rows, columns]`."""
-        return self._sorted(layout.weight(self.words, self.scales))
-
-    def own_bias(self) -> Tensor | None:
-        """The bias in its own order."""
-        return None if self.bias is None else self._sorted(self.bias)
-
-    def _sorted(self, rows: Tensor) -> Tensor:
-        return torch.empty_like(rows).index_copy_(0, self.order, rows)
+    def places(self, rows: slice) -> Tensor:
+        """Where rows of their own order stand, int64."""
+        return self.order.argsort()[rows]
 
 
 def packed(layers: Sequence[Int4Linear], order: Tensor) -> Packed:
@@ -90,12 +83,16 @@ class Part(torch.nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """`[rows]`."""
-        bias = self._whole.own_bias()
-        return None if bias is None else bias[self._rows]
+        bias = self._whole.bias
+        return None if bias is None else bias[self._whole.places(self._rows)]
+
+    def exact(self) -> Tensor:
+        """Dequantised, float32 `[rows, columns]`."""
+        return layout.weight(self.words, self.scales, self._whole.places(self._rows))
 
     def weight(self) -> Tensor:
-        """Dequantised, `[rows, columns]`."""
-        return self._whole.weight()[self._rows].to(self._dtype)
+        """Dequantised and rounded, `[rows, columns]`."""
+        return self.exact().to(self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., columns]` to `[..., rows]`."""
