@@ -31,7 +31,7 @@ from backends.fused import tiles
 from backends.fused.body import FusedBackend
 from backends.fused.tiles import PRODUCTS, VECTOR, WARP, Parts, Tile, Tiles
 from backends.int4.kernel import launches
-from backends.int4.kernel.launches import WARPS, WARPS_A_PROCESSOR, Launch, Launches
+from backends.int4.kernel.launches import WARPS, Launch, Launches, resident
 from backends.quant.int4 import Int4
 from backends.tiles import Place, Table
 from registry.api import HEAD, Architecture, LinearFormat, NoOptions, Setup
@@ -76,13 +76,15 @@ def bf16_tiles(paired: bool, streams: int, columns: int) -> Iterator[Tile]:
             yield Tile(rows, wide, warps, depth)
 
 
+LEAST_WARPS = 10
+"""Of a processor: a third of those that it has room for."""
 LAUNCHES = [
     Launch(warps, blocks)
     for warps in WARPS
-    for blocks in range(1, WARPS_A_PROCESSOR // warps + 1)
-    if warps * blocks >= WARPS_A_PROCESSOR // 3
+    for blocks in range(1, resident(warps) + 1)
+    if warps * blocks >= LEAST_WARPS
 ]
-"""Of an int4 product: what keeps a third of a processor's warps or more at work."""
+"""Of an int4 product: what keeps enough of a processor's warps at work, and has room on it."""
 
 
 def tables() -> tuple[Tiles, Launches]:

@@ -497,7 +497,7 @@ def test_a_launch_is_what_is_known_of_the_shape(monkeypatch: pytest.MonkeyPatch)
     known = Launches([])
     assert known.launch("cuda:0", 288, 28, 1) == (14, 264)
     assert known.launch("cuda:0", 8, 7, 1) == (7, 528)
-    assert known.launch("cuda:0", 8, 5, 1) == (4, 1056), "where no number of warps is nearly always full, the fewest"
+    assert known.launch("cuda:0", 8, 5, 1) == (4, 924), "where no number of warps is nearly always full, the fewest"
     known.set(Place("a GPU", "int4", 4608, 3584, 1), Launch(7, 3))
     assert known.launch("cuda:0", 288, 28, 1) == (7, 396)
     assert known.launch("cuda:0", 288, 56, 1) == (14, 264)

@@ -20,8 +20,6 @@ SHARED_BYTES = 180_000
 units take up to 28 of them."""
 FULL = 0.9
 """Least share of the warps' turns in which they have a group."""
-WARPS_A_PROCESSOR = 32
-"""As many as its registers may have room for."""
 WIDEST = 16
 """Warps of a block beside which a processor has room for another."""
 
@@ -71,11 +69,16 @@ def has_room(streams: int, columns: int) -> bool:
     return 2 * streams * columns <= SHARED_BYTES
 
 
+def resident(warps: int) -> int:
+    """Blocks of so many warps that a processor's registers have room for, as product.cu is compiled for it."""
+    return (28 if warps % 16 else 32) // warps
+
+
 def fitting(groups: int) -> Launch:
     """The most warps that have a group nearly always, and blocks as many as a processor has room for."""
     turns = {warps: -(-groups // warps) * warps for warps in WARPS if warps <= WIDEST}
     warps = next((w for w in turns if groups / turns[w] >= FULL), WARPS[-1])
-    return Launch(warps, WARPS_A_PROCESSOR // warps)
+    return Launch(warps, resident(warps))
 
 
 @cache
