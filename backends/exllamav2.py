@@ -148,10 +148,9 @@ class ExLlamaV2Backend(Backend):
     def _drop_sequential_g_idx(self) -> None:
         """Leave out of the folder's index what says nothing: groups that follow each other as their rows do."""
         assert isinstance(self.setup.weights, FolderWeights)
-        files, stored = self.model.config.tensor_file_map, self.setup.weights.stored
+        files, linear = self.model.config.tensor_file_map, self.setup.linear
         for name in [name for name in files if name.endswith(".g_idx")]:
-            g_idx, scales = stored(name, "cpu"), stored(f"{name.removesuffix('g_idx')}scales", "cpu")
-            if in_order(g_idx, len(g_idx) // len(scales)):
+            if in_order(self.setup.weights.stored(name, "cpu"), linear.group_size):
                 del files[name]
 
     def _check_tensors(self) -> None:

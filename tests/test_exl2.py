@@ -121,7 +121,8 @@ def test_decoding_gives_the_weight_back(bpw: float, cosine: float) -> None:
 
 def body(architecture: Any, folder: Path) -> Any:
     """A backend that has loaded nothing, and knows which tensors its folder holds."""
-    setup = types.SimpleNamespace(architecture=architecture, weights=FolderWeights(folder))
+    weights, linear = FolderWeights(folder), Gptq(Gptq.Options())
+    setup = types.SimpleNamespace(architecture=architecture, weights=weights, linear=linear)
     backend: Any = ExLlamaV2Backend(setup)  # type: ignore[arg-type]
     backend.model = types.SimpleNamespace(config=types.SimpleNamespace(tensor_file_map=dict(setup.weights._files)))
     return backend

@@ -149,7 +149,7 @@ def test_layers_that_share_a_weight_are_what_they_were() -> None:
     int4, heads, head_dim = Int4(Int4.Options()), (3, 1, 1), 64
     for order, rows in ((turned(5, 64), [count * head_dim for count in heads]), (gated(48), [48, 48])):
         layers: list[Any] = [int4.convert(linear(count, 256)) for count in rows]
-        whole, start = packed(layers, order), 0
+        whole, start = packed(layers, order.argsort()), 0
         assert sorted(order.tolist()) == list(range(sum(rows)))
         for layer, count in zip(layers, rows, strict=True):
             part = Part(whole, start, layer)

@@ -109,7 +109,7 @@ class FusedBackend(Backend):
             self._converted |= tie(self.model, embedding, setup.linear)
         decoder = self.model["model"]
         self._stacked: dict[str, Tensor] = {}
-        self._orders: dict[str, Tensor] = {}
+        self._places: dict[str, Tensor] = {}
         kinds = {type(module) for module in self._converted.values()}
         made: Callable[[int, Any], Any] = _hosted
         if isinstance(setup.linear, NoQuant):  # another format's layer is called, also where it is an nn.Linear
@@ -192,13 +192,13 @@ class FusedBackend(Backend):
         from backends.int4.stacked import Part, alone, gated, packed, turned
 
         a, path = self.setup.architecture, f"model.layers.{index}"
-        if not self._orders:  # the blocks share them
+        if not self._places:  # the blocks share them
             orders = {"self_attn": turned(a.q_heads + 2 * a.kv_heads, a.head_dim), "mlp": gated(a.ffn)}
-            self._orders = {parent: order.to(self.setup.device) for parent, order in orders.items()}
+            self._places = {parent: order.argsort().to(self.setup.device) for parent, order in orders.items()}
         found = {}
         for parent, names in TOGETHER.items():
             layers = [block[parent][name] for name in names]
-            found[parent] = whole = packed(layers, self._orders[parent])
+            found[parent] = whole = packed(layers, self._places[parent])
             start = 0
             for name, layer in zip(names, layers, strict=True):
                 block[parent][name] = self._converted[f"{path}.{parent}.{name}"] = Part(whole, start, layer)
@@ -260,7 +260,7 @@ class FusedBackend(Backend):
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._converted, self._stacked, self._orders = {}, {}, {}
+        self._converted, self._stacked, self._places = {}, {}, {}
         self.model = self.step = self._cache = self._weights = None
         self._rotation = ()
 

@@ -89,10 +89,10 @@ def unpack_scales(scales: Tensor) -> Tensor:
 
 def weight(words: Tensor, scales: Tensor, rows: Tensor | None = None) -> Tensor:
     """What packed words and scales stand for, float32 `[rows, columns]`; `rows` as in `unpack`."""
-    codes, scale = unpack(words, rows).float() - MIDDLE, unpack_scales(scales).float()
+    codes, scale = unpack(words, rows).float() - MIDDLE, unpack_scales(scales)
     if rows is not None:
         scale = scale[rows]
-    return (codes.reshape(*scale.shape, GROUP) * scale[..., None]).flatten(1)
+    return (codes.reshape(*scale.shape, GROUP) * scale.float()[..., None]).flatten(1)
 
 
 def paired(first: Tensor, second: Tensor) -> Tensor:

@@ -37,23 +37,20 @@ class Packed(Stored):
     """A weight whose rows lie in an order of their own.
 
     Attributes:
-        order: int64 `[rows]`, which row stands where.
+        places: int64 `[rows]`, where each row stands.
     """
 
-    order: Tensor
-
-    def places(self, rows: slice) -> Tensor:
-        """Where rows of their own order stand, int64."""
-        return self.order.argsort()[rows]
+    places: Tensor
 
 
-def packed(layers: Sequence[Int4Linear], order: Tensor) -> Packed:
-    """Layers one below the other, in the order of `order`, int64 `[rows]` where they lie."""
+def packed(layers: Sequence[Int4Linear], places: Tensor) -> Packed:
+    """Layers one below the other, each row where `places` has it, int64 `[rows]` where they lie."""
+    order = places.argsort()
     codes = torch.cat([layout.unpack(layer.words) for layer in layers])[order]
     scales = torch.cat([layout.unpack_scales(layer.scales) for layer in layers])[order]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     bias = torch.cat(biases)[order] if biases else None
-    return Packed(layout.pack(codes), layout.pack_scales(scales), bias, order)
+    return Packed(layout.pack(codes), layout.pack_scales(scales), bias, places)
 
 
 def alone(layer: Int4Linear) -> Stored:
@@ -76,7 +73,7 @@ class Part(torch.nn.Module):
     def __init__(self, whole: Packed, start: int, layer: Int4Linear) -> None:
         super().__init__()
         self._whole, self._dtype = whole, layer.dtype
-        self._rows = slice(start, start + layer.words.shape[0] * layout.ROWS)
+        self._places = whole.places[start : start + layer.words.shape[0] * layout.ROWS]
         self.register_buffer("words", whole.words)
         self.register_buffer("scales", whole.scales)
 
@@ -84,11 +81,11 @@ class Part(torch.nn.Module):
     def bias(self) -> Tensor | None:
         """`[rows]`."""
         bias = self._whole.bias
-        return None if bias is None else bias[self._whole.places(self._rows)]
+        return None if bias is None else bias[self._places]
 
     def exact(self) -> Tensor:
         """Dequantised, float32 `[rows, columns]`."""
-        return layout.weight(self.words, self.scales, self._whole.places(self._rows))
+        return layout.weight(self.words, self.scales, self._places)
 
     def weight(self) -> Tensor:
         """Dequantised and rounded, `[rows, columns]`."""

@@ -8,7 +8,7 @@ namespace {
 
 using Maybe = std::optional<at::Tensor>;
 
-constexpr int64_t MOST_STREAMS = 4, VECTOR = 16;  // bytes that a lane loads at a time
+constexpr int VECTOR = 16;  // bytes that a lane loads at a time
 
 void check(const at::Tensor& tensor, at::ScalarType type, const char* name) {
     TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous() && tensor.scalar_type() == type, name, " has to be contiguous ",
@@ -24,13 +24,13 @@ void shaped(const at::Tensor& tensor, at::IntArrayRef sizes, const char* name) {
     TORCH_CHECK(tensor.sizes() == sizes, name, " has to be ", sizes, ", not ", tensor.sizes());
 }
 
-int64_t rows(const at::Tensor& words) { return words.size(0) * 16; }
+int64_t rows(const at::Tensor& words) { return words.size(0) * ROWS; }
 
 Weight weight(const at::Tensor& words, const at::Tensor& scales, const Maybe& bias, int64_t columns) {
     check(words, at::kInt, "words");
     check(scales, at::kHalf, "scales");
     aligned(words, "words");
-    TORCH_CHECK(words.dim() == 5 && words.size(1) * 128 == columns, "words of ", words.sizes(), " are not of ", columns,
+    TORCH_CHECK(words.dim() == 5 && words.size(1) * GROUP == columns, "words of ", words.sizes(), " are not of ", columns,
                 " columns");
     shaped(words, {words.size(0), words.size(1), 2, 32, 4}, "words");
     shaped(scales, {words.size(0), words.size(1), 8, 2}, "scales");
@@ -45,7 +45,7 @@ Weight weight(const at::Tensor& words, const at::Tensor& scales, const Maybe& bi
 Before plain(const at::Tensor& x) {
     check(x, at::kBFloat16, "x");
     aligned(x, "x");
-    TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && x.size(0) <= MOST_STREAMS, "x has to be of up to ", MOST_STREAMS,
+    TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && x.size(0) <= STREAMS, "x has to be of up to ", STREAMS,
                 " streams, not ", x.sizes());
     return {static_cast<const __nv_bfloat16*>(x.data_ptr()), nullptr, 0, static_cast<int>(x.size(1)),
             static_cast<int>(x.size(0))};

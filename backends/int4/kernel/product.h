@@ -4,6 +4,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+// Output features of a tile, input features of a group, and streams that a launch takes at most.
+constexpr int ROWS = 16, GROUP = 128, STREAMS = 4;
+
 // What stands behind the product.
 enum class Fused {
     STORE,     // bf16 [streams][rows]

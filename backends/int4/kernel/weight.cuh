@@ -4,7 +4,6 @@
 #pragma once
 #include "product.h"
 
-constexpr int ROWS = 16, GROUP = 128, STREAMS = 4;
 constexpr int DIGITS = 2;  // of an activation
 
 // c += a tile's product; a0 and a2 are of row r, a1 and a3 of row r + 8, four input features in each.
